@@ -1,0 +1,154 @@
+"""The settings of each script as frozen dataclasses that check themselves; the flags' defaults come from here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from LLMPruner.errors import UsageError
+
+
+def require_at_least(flag: str, value: float, minimum: int) -> None:
+    """Raise UsageError naming `flag` unless `value >= minimum`."""
+    if value < minimum:
+        raise UsageError(f"{flag} must be {minimum} or more, got {value}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every script shares: seed, precision, device, and where local corpora lie."""
+
+    seed: int = 42
+    dtype: str = "auto"
+    device: str = "auto"
+    data_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How perplexity is measured: corpora, window length, and how many windows (0 = the whole split)."""
+
+    datasets: tuple[str, ...] = ("wikitext2",)
+    seq_len: int = 128
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise UsageError("--eval_datasets needs at least one corpus")
+        require_at_least("--eval_seq_len", self.seq_len, 2)
+        require_at_least("--eval_samples", self.samples, 0)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (Hu et al. 2021): rank, scale, dropout, and which sublayers get adapters."""
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    target_attention: bool = True
+    target_mlp: bool = True
+
+    def __post_init__(self) -> None:
+        require_at_least("--lora_r", self.r, 1)
+        require_at_least("--lora_alpha", self.alpha, 1)
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--lora_dropout must lie in [0, 1), got {self.dropout}")
+        if not (self.target_attention or self.target_mlp):
+            raise UsageError("LoRA needs a target: give --lora_target_attention, --lora_target_mlp, or neither for both")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Recovery training. `prefix` is how the script at hand spells its flags, for error messages."""
+
+    method: str = "lora"
+    lr: float | None = None  # None: 2e-4 for LoRA, 1e-5 for full fine-tuning
+    samples: int = 1000
+    epochs: int = 3
+    seq_len: int = 512
+    batch_size: int = 1
+    grad_accum: int = 4
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    dataset: str = "wikitext2"
+    lora: LoraConfig = LoraConfig()
+    prefix: str = "--"
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lora", "full"):
+            raise UsageError(f"{self.prefix}method must be lora or full, got {self.method}")
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"{self.prefix}lr must be a positive number, got {self.lr}")
+        for name in ("samples", "epochs", "batch_size", "grad_accum"):
+            require_at_least(self.prefix + name, getattr(self, name), 1)
+        require_at_least(self.prefix + "seq_len", self.seq_len, 2)
+        require_at_least(self.prefix + "warmup_steps", self.warmup_steps, 0)
+        for name in ("max_grad_norm", "weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise UsageError(f"{self.prefix}{name} must be 0 or more, got {getattr(self, name)}")
+
+    @property
+    def learning_rate(self) -> float:
+        """The given rate, or the method's usual one."""
+        return self.lr if self.lr is not None else {"lora": 2e-4, "full": 1e-5}[self.method]
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What to remove and how: the three choices (importance, allocation, repair) and their settings."""
+
+    pruning_ratio: float = 0.25  # fraction of the base's parameters to remove, in (0, 1)
+    prune_attention: bool = True
+    prune_mlp: bool = False
+    ratio_base: str = "auto"
+    round_to: int | None = None  # channels kept in multiples of this; None: chosen from the model's width
+    layer_start: int = 0
+    layer_end: int | None = None  # exclusive; None: all layers
+    layer_importance_method: str = "removal"
+    layer_importance_samples: int = 50
+    layer_importance_seq_len: int = 128
+    layer_importance_weight: float = 1.0
+    layer_importance_file: str | None = None  # scores to re-use instead of analysing
+    pruning_strategy: str = "inverse"
+    min_pruning_rate: float = 0.0
+    max_pruning_rate: float = 0.8
+    freeze_top_n_layers: int = 0
+    importance: str = "taylor"
+    repair: str = "least_squares"
+    channel_importance_samples: int = 32
+    calibration_seq_len: int = 512
+    calibration_dataset: str = "wikitext2"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.pruning_ratio < 1:
+            raise UsageError(f"--pruning_ratio must lie in (0, 1), got {self.pruning_ratio}")
+        if not (self.prune_attention or self.prune_mlp):
+            raise UsageError("nothing to prune: --no_prune_attention needs --prune_mlp")
+        if self.round_to is not None:
+            require_at_least("--round_to", self.round_to, 1)
+        for name in ("layer_importance_samples", "channel_importance_samples"):
+            require_at_least("--" + name, getattr(self, name), 1)
+        for name in ("layer_importance_seq_len", "calibration_seq_len"):
+            require_at_least("--" + name, getattr(self, name), 2)
+        if not (math.isfinite(self.layer_importance_weight) and self.layer_importance_weight >= 0):
+            raise UsageError(f"--layer_importance_weight must be 0 or more, got {self.layer_importance_weight}")
+        if not 0 <= self.min_pruning_rate <= self.max_pruning_rate <= 1:
+            raise UsageError(
+                "--min_pruning_rate and --max_pruning_rate must satisfy 0 <= min <= max <= 1, "
+                f"got {self.min_pruning_rate} and {self.max_pruning_rate}"
+            )
+        require_at_least("--freeze_top_n_layers", self.freeze_top_n_layers, 0)
+
+    def layer_range(self, num_layers: int) -> range:
+        """The layers to prune. Raises UsageError where the range is empty or leaves the model."""
+        end = num_layers if self.layer_end is None else self.layer_end
+        if not (0 <= self.layer_start < num_layers and 0 < end <= num_layers):
+            raise UsageError(
+                f"--layer_start {self.layer_start} --layer_end {end} leaves the model, "
+                f"which has layers 0 to {num_layers - 1} (the end is exclusive)"
+            )
+        if self.layer_start >= end:
+            raise UsageError(f"--layer_start {self.layer_start} --layer_end {end} selects no layer: the end is exclusive")
+        return range(self.layer_start, end)

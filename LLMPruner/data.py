@@ -1,0 +1,186 @@
+"""Named corpora and local files as token windows; the train, validation and test splits are kept apart.
+
+A corpus is looked for in `--data_dir` first (`<folder>/<split>.{txt,parquet,jsonl}`), then on the hub. A path to a local
+file works as a corpus name too. Every corpus is a list of rows; empty rows are dropped and the rest is joined by blank
+lines into one text, the usual perplexity text, so local copies and the hub give the same tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from LLMPruner.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("LLMPruner")
+
+SUFFIXES = (".txt", ".parquet", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where a corpus lies: its folder below --data_dir, and its place on the hub (None: it has none)."""
+
+    folder: str
+    config: str | None = None
+    hub: str | None = None
+    column: str = "text"
+    revision: str | None = None
+    files: dict[str, str] | None = None
+
+
+CORPORA = {
+    "wikitext2": Corpus("wikitext-2-raw", config="wikitext-2-raw-v1", hub="Salesforce/wikitext"),
+    "ptb": Corpus("ptb", hub="ptb-text-only/ptb_text_only", column="sentence", revision="refs/convert/parquet"),
+    "c4": Corpus(
+        "c4",
+        hub="allenai/c4",
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+    # Australian news articles that the PyPI package gensim carries: real text without a hub.
+    "news": Corpus("news"),
+}
+
+
+def check_corpus(name: str, data_dir: str | None, split: str) -> None:
+    """Raise UsageError, without loading anything, when the corpus cannot exist here under this name."""
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise UsageError(f"--data_dir {data_dir} is not a folder")
+    if name in CORPORA or Path(name).is_file():
+        if Path(name).suffix not in SUFFIXES and name not in CORPORA:
+            raise UsageError(f"corpus file {name} must end in {', '.join(SUFFIXES)}")
+        if name == "news" and _local_file(name, data_dir, split) is None and _gensim_data() is None:
+            raise UsageError("corpus news comes with a package: pip install --no-deps gensim==4.4.0")
+        return
+    raise UsageError(
+        f"unknown corpus {name!r}: use one of {', '.join(sorted(CORPORA))}, or the path of a local {'/'.join(SUFFIXES)} file"
+    )
+
+
+def describe(name: str) -> str:
+    """The corpus name as tables print it: `wikitext2 (wikitext-2-raw-v1)`."""
+    corpus = CORPORA.get(name)
+    return f"{name} ({corpus.config})" if corpus is not None and corpus.config else name
+
+
+def load_rows(name: str, split: str, data_dir: str | None = None) -> list[str]:
+    """The non-empty rows of one split. Raises UsageError when the corpus cannot be reached or lacks the split."""
+    local = _local_file(name, data_dir, split)
+    if local is not None:
+        rows = _read_file(local, CORPORA[name].column if name in CORPORA else "text")
+    elif name == "news":
+        rows = _news_rows(split)
+    else:
+        rows = _hub_rows(name, split)
+    rows = [row.strip("\n") for row in rows if row.strip()]
+    if not rows:
+        raise UsageError(f"corpus {name}, split {split}, is empty")
+    return rows
+
+
+def load_windows(
+    tokenizer: Any,
+    name: str,
+    split: str,
+    *,
+    seq_len: int,
+    samples: int = 0,
+    data_dir: str | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Non-overlapping windows of `seq_len` tokens, int64 `(n, seq_len)`, in the order of the text.
+
+    `samples` windows are taken (0: all): spread evenly over the split, or drawn at random where `seed` is given. Raises
+    UsageError when the split is shorter than one window.
+    """
+    import torch
+
+    text = "\n\n".join(load_rows(name, split, data_dir))
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    count = len(ids) // seq_len
+    if count < 1:
+        raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")
+    windows = ids[: count * seq_len].view(count, seq_len)
+    if 0 < samples < count:
+        if seed is None:
+            chosen = torch.linspace(0, count - 1, samples, dtype=torch.float64).long()  # the first and the last included
+        else:
+            chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+        windows = windows[chosen]
+    elif samples > count:
+        logger.warning(
+            "corpus %s, split %s, has %d windows of %d, fewer than the %d asked for", name, split, count, seq_len, samples
+        )
+    logger.info("data: %s %s: %d of %d windows of %d tokens", name, split, len(windows), count, seq_len)
+    return windows
+
+
+def _local_file(name: str, data_dir: str | None, split: str) -> Path | None:
+    if name not in CORPORA:
+        return Path(name)
+    if data_dir is None:
+        return None
+    for suffix in SUFFIXES:
+        path = Path(data_dir, CORPORA[name].folder, split + suffix)
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_file(path: Path, column: str) -> list[str]:
+    if path.suffix == ".txt":
+        return path.read_text(encoding="utf-8").split("\n")
+    import datasets
+
+    kind = "parquet" if path.suffix == ".parquet" else "json"
+    try:
+        table = datasets.load_dataset(kind, data_files=str(path), split="train")
+    except Exception as error:  # datasets raises many kinds for a malformed file
+        raise UsageError(f"{path} is not a readable {path.suffix} file: {str(error).splitlines()[0]}") from error
+    for candidate in (column, "text", "sentence"):
+        if candidate in table.column_names:
+            return list(table[candidate])
+    raise UsageError(f"{path} has no text column: found {', '.join(table.column_names)}, want {column}")
+
+
+def _hub_rows(name: str, split: str) -> list[str]:
+    import datasets
+
+    corpus = CORPORA[name]
+    files = None if corpus.files is None else {split: corpus.files.get(split, corpus.files["validation"])}
+    try:
+        table = datasets.load_dataset(corpus.hub, corpus.config, data_files=files, split=split, revision=corpus.revision)
+    except Exception as error:  # offline, renamed, gated: each raises its own kind, and the cure is the same
+        logger.debug("hub error", exc_info=True)
+        raise UsageError(
+            f"corpus {name} cannot be loaded from the hub ({type(error).__name__}): "
+            f"put {corpus.folder}/{split}.txt (one row a line) into a folder and pass --data_dir FOLDER"
+        ) from error
+    return list(table[corpus.column])
+
+
+def _gensim_data() -> Path | None:
+    spec = importlib.util.find_spec("gensim")  # the package is not imported: only its data is read
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0], "test", "test_data")
+    return folder if (folder / "lee_background.cor").is_file() else None
+
+
+def _news_rows(split: str) -> list[str]:
+    """Whole articles: the first 220 of Lee's background set are train, the next 30 validation, the rest and lee.cor test."""
+    folder = _gensim_data()
+    if folder is None:
+        raise UsageError("corpus news comes with a package: pip install --no-deps gensim==4.4.0")
+    background = (folder / "lee_background.cor").read_text(encoding="utf-8").split("\n")
+    extra = (folder / "lee.cor").read_text(encoding="utf-8").split("\n")
+    return {"train": background[:220], "validation": background[220:250], "test": background[250:] + extra}[split]

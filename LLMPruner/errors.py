@@ -1,0 +1,11 @@
+"""The two ways a command can end badly, each carrying one sentence for the user."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """The command was wrong: exit code 2, and nothing was changed on disk."""
+
+
+class RunError(RuntimeError):
+    """The command was right and the run failed: exit code 1."""

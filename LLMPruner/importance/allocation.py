@@ -1,0 +1,239 @@
+"""How much per layer: layer scores and the budget become integer counts, and with unit scores the plan.
+
+All arithmetic on the budget is in integers. The achieved count is at least the target, and above it by less than one
+rounding step of one layer (one KV group when only attention is pruned).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from LLMPruner.config import PruneConfig
+from LLMPruner.errors import UsageError
+from LLMPruner.methods.gqa_aware import select_units
+from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
+
+if TYPE_CHECKING:
+    from LLMPruner.importance.criteria import UnitScores
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """The ways to shrink one sublayer: `levels[i]` units are kept after i steps, each unit costing `unit_params`."""
+
+    layer: int
+    kind: str  # attention or mlp
+    levels: tuple[int, ...]  # descending, the dense count first
+    unit_params: int
+
+    def removed(self, level: int) -> int:
+        """Parameters removed at `level`."""
+        return (self.levels[0] - self.levels[level]) * self.unit_params
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The parameters to remove, and the sublayers they may come from."""
+
+    base: int  # parameters the ratio refers to
+    base_name: str  # model or selected
+    target: int  # parameters to remove, at least
+    sublayers: tuple[Sublayer, ...]
+
+    @property
+    def largest(self) -> int:
+        """Parameters removed when every selected sublayer is at its last level."""
+        return sum(sublayer.removed(len(sublayer.levels) - 1) for sublayer in self.sublayers)
+
+
+def inverse(scores: Sequence[float]) -> list[float]:
+    """Important layers lose less: the pruning rate goes with one over the score."""
+    return [1 / score for score in _positive(scores)]
+
+
+def proportional(scores: Sequence[float]) -> list[float]:
+    """Important layers lose more: the opposite of `inverse`, the control that shows layer importance matters."""
+    return _positive(scores)
+
+
+def uniform(scores: Sequence[float]) -> list[float]:
+    """Every layer loses the same share."""
+    return [1.0] * len(scores)
+
+
+STRATEGIES: dict[str, Callable[[Sequence[float]], list[float]]] = {
+    "inverse": inverse,
+    "proportional": proportional,
+    "uniform": uniform,
+}
+
+
+def default_round_to(geometry: Geometry) -> int:
+    """Channels are kept in multiples of this: the largest power of two up to 256 within 1/16 of the width, so 256 at 8B."""
+    step = 256
+    while step > 1 and step * 16 > geometry.intermediate_size:
+        step //= 2
+    return step
+
+
+def make_budget(geometry: Geometry, config: PruneConfig) -> Budget:
+    """The integer budget of a request. Raises UsageError naming the largest feasible ratio when it is infeasible."""
+    layers = config.layer_range(geometry.num_layers)
+    step = config.round_to or default_round_to(geometry)
+    if config.prune_mlp and step >= geometry.intermediate_size:
+        raise UsageError(f"--round_to {step} must be below the MLP width, {geometry.intermediate_size}")
+    sublayers = []
+    for index in layers:
+        if config.prune_attention:
+            kept = tuple(range(geometry.num_kv_heads, 0, -1))
+            sublayers.append(Sublayer(index, "attention", kept, geometry.group_params))
+        if config.prune_mlp:
+            width = geometry.intermediate_size
+            kept = (width, *range((width - 1) // step * step, 0, -step))
+            sublayers.append(Sublayer(index, "mlp", kept, geometry.channel_params))
+    selected = sum(sublayer.levels[0] * sublayer.unit_params for sublayer in sublayers)
+    sublayers = [sublayer for sublayer in sublayers if len(sublayer.levels) > 1]  # one KV group cannot be pruned
+    whole = config.prune_attention and config.prune_mlp and len(layers) == geometry.num_layers
+    name = ("model" if whole else "selected") if config.ratio_base == "auto" else config.ratio_base
+    base = geometry.dense_params if name == "model" else selected
+    target = math.ceil(Fraction(str(config.pruning_ratio)) * base)
+    budget = Budget(base, name, target, tuple(sublayers))
+    _check_feasible(budget, budget.largest, config, "every sublayer keeps at least one KV group or rounding step")
+    if config.freeze_top_n_layers >= len(layers):
+        raise UsageError(f"--freeze_top_n_layers {config.freeze_top_n_layers} freezes all {len(layers)} selected layers")
+    return budget
+
+
+def _check_feasible(budget: Budget, largest: int, config: PruneConfig, why: str) -> None:
+    if budget.target > largest:
+        ratio = math.floor(largest / budget.base * 1e4) / 1e4
+        raise UsageError(
+            f"--pruning_ratio {config.pruning_ratio} cannot be reached: {why}, "
+            f"so the largest feasible ratio here is {ratio} (of the {budget.base_name}'s {budget.base:,} parameters)"
+        )
+
+
+def allocate(budget: Budget, scores: Sequence[float], config: PruneConfig) -> dict[tuple[int, str], int]:
+    """Kept units of every selected sublayer, by `(layer, kind)`.
+
+    A layer's rate is the strategy's weight of its score to the power of --layer_importance_weight, scaled to meet the
+    budget and clamped to the rate limits. Raises UsageError when limits and frozen layers leave too little to remove.
+    """
+    layers = sorted({sublayer.layer for sublayer in budget.sublayers})
+    weights = dict(zip(layers, STRATEGIES[config.pruning_strategy]([scores[layer] for layer in layers]), strict=True))
+    frozen = set(sorted(layers, key=lambda layer: (-scores[layer], layer))[: config.freeze_top_n_layers])
+    active = [sublayer for sublayer in budget.sublayers if sublayer.layer not in frozen]
+    limits = [_limits(sublayer, config) for sublayer in active]
+    largest = sum(sublayer.removed(high) for sublayer, (_, high) in zip(active, limits, strict=True))
+    _check_feasible(budget, largest, config, "--max_pruning_rate and --freeze_top_n_layers limit what may go")
+    smallest = sum(sublayer.removed(low) for sublayer, (low, _) in zip(active, limits, strict=True))
+    if smallest > budget.target:
+        raise UsageError(f"--min_pruning_rate {config.min_pruning_rate} alone removes more than --pruning_ratio asks for")
+
+    power = [weights[sublayer.layer] ** config.layer_importance_weight for sublayer in active]
+    wanted = _fill(budget.target, active, limits, power)
+    levels = _round(budget.target, active, limits, wanted)
+    kept = {(sublayer.layer, sublayer.kind): sublayer.levels[0] for sublayer in budget.sublayers}
+    return kept | {
+        (sublayer.layer, sublayer.kind): sublayer.levels[level] for sublayer, level in zip(active, levels, strict=True)
+    }
+
+
+def build_plan(geometry: Geometry, kept: dict[tuple[int, str], int], scores: Sequence[UnitScores]) -> PruningPlan:
+    """The plan that keeps the best-scored units: `kept` counts by `(layer, kind)`; other sublayers stay whole."""
+    layers = []
+    for index, layer in enumerate(scores):
+        groups = kept.get((index, "attention"), geometry.num_kv_heads)
+        channels = kept.get((index, "mlp"), geometry.intermediate_size)
+        layers.append(
+            LayerPlan(select_units(layer.kv_groups.tolist(), groups), select_units(layer.channels.tolist(), channels))
+        )
+    return PruningPlan(geometry, tuple(layers))
+
+
+def _positive(scores: Sequence[float]) -> list[float]:
+    """Scores lifted to be positive: a layer whose removal does not hurt counts like the least important other one."""
+    floor = min((score for score in scores if score > 0), default=1.0)
+    return [max(score, floor) for score in scores]
+
+
+def _limits(sublayer: Sublayer, config: PruneConfig) -> tuple[int, int]:
+    """The first and last level within the rate limits."""
+    rates = [1 - kept / sublayer.levels[0] for kept in sublayer.levels]
+    low = next((level for level, rate in enumerate(rates) if rate >= config.min_pruning_rate), len(rates) - 1)
+    high = max(level for level, rate in enumerate(rates) if rate <= config.max_pruning_rate)
+    return min(low, high), high
+
+
+def _fill(target: int, active: Sequence[Sublayer], limits: Sequence[tuple[int, int]], weights: Sequence[float]) -> list[float]:
+    """Parameters to remove from each sublayer, summing to the target: rate = scale * weight, clamped; scale by bisection."""
+    sizes = [sublayer.levels[0] * sublayer.unit_params for sublayer in active]
+    low = [sublayer.removed(first) for sublayer, (first, _) in zip(active, limits, strict=True)]
+    high = [sublayer.removed(last) for sublayer, (_, last) in zip(active, limits, strict=True)]
+    mean = sum(weights) / len(weights)
+
+    def removed(scale: float) -> list[float]:
+        return [
+            min(max(scale * weight / mean * size, least), most)
+            for size, weight, least, most in zip(sizes, weights, low, high, strict=True)
+        ]
+
+    below, above = 0.0, 1.0
+    while sum(removed(above)) < target and above < 1e18:
+        above *= 2
+    for _ in range(100):
+        middle = (below + above) / 2
+        below, above = (middle, above) if sum(removed(middle)) < target else (below, middle)
+    return removed(above)
+
+
+def _round(target: int, active: Sequence[Sublayer], limits: Sequence[tuple[int, int]], wanted: Sequence[float]) -> list[int]:
+    """Whole levels near `wanted`, removing the target or up to one step more.
+
+    Sublayers with coarse steps (KV groups) are rounded to the nearest level first; the finest ones then absorb what is
+    left, step by step where the shortfall is largest.
+    """
+    finest = min(_step(sublayer) for sublayer in active)
+    levels = [_nearest(sublayer, limit, want) for sublayer, limit, want in zip(active, limits, wanted, strict=True)]
+    total = sum(sublayer.removed(level) for sublayer, level in zip(active, levels, strict=True))
+
+    def candidates(direction: int, fine: bool) -> list[int]:
+        return [
+            i
+            for i, sublayer in enumerate(active)
+            if (_step(sublayer) == finest) == fine and limits[i][0] <= levels[i] + direction <= limits[i][1]
+        ]
+
+    def shortfall(i: int) -> float:
+        return (wanted[i] - active[i].removed(levels[i])) / _step(active[i])
+
+    while total < target:
+        chosen = max(candidates(+1, True) or candidates(+1, False), key=lambda i: (shortfall(i), -i))
+        total -= active[chosen].removed(levels[chosen])
+        levels[chosen] += 1
+        total += active[chosen].removed(levels[chosen])
+    while True:
+        back = [i for i in candidates(-1, True) + candidates(-1, False) if total - _undo(active[i], levels[i]) >= target]
+        if not back:
+            return levels
+        chosen = min(back, key=lambda i: (shortfall(i), i))
+        total -= _undo(active[chosen], levels[chosen])
+        levels[chosen] -= 1
+
+
+def _step(sublayer: Sublayer) -> int:
+    """Parameters of a full step."""
+    return _undo(sublayer, len(sublayer.levels) - 1)
+
+
+def _undo(sublayer: Sublayer, level: int) -> int:
+    """Parameters that come back when `level` is taken back by one step."""
+    return sublayer.removed(level) - sublayer.removed(level - 1)
+
+
+def _nearest(sublayer: Sublayer, limits: tuple[int, int], wanted: float) -> int:
+    return min(range(limits[0], limits[1] + 1), key=lambda level: (abs(sublayer.removed(level) - wanted), level))

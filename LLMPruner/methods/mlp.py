@@ -1,0 +1,20 @@
+"""MLP channels: slice. A channel is a row of gate and up and a column of down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from LLMPruner.methods.gqa_aware import slice_linear
+
+
+@torch.no_grad()
+def slice_mlp(mlp: nn.Module, channels: Sequence[int]) -> None:
+    """Keep only `channels` of one MLP: rows of gate and up, columns of down. In place."""
+    kept = torch.tensor(channels)
+    mlp.gate_proj = slice_linear(mlp.gate_proj, rows=kept)
+    mlp.up_proj = slice_linear(mlp.up_proj, rows=kept)
+    mlp.down_proj = slice_linear(mlp.down_proj, columns=kept)
+    mlp.intermediate_size = len(channels)

