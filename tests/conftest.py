@@ -1,0 +1,105 @@
+"""Tiny Llamas, a tiny tokenizer and a tiny corpus, made within the session: the tests need no download and no GPU."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(2)
+
+VOCAB = 300
+
+
+def make_text(rows: int, seed: int) -> str:
+    """Sentences of a small grammar with topics, so that a tiny model can learn something worth losing."""
+    rng = random.Random(seed)
+    topics = [
+        (("cat", "dog", "bird"), ("chases", "sees", "likes"), ("mouse", "ball", "tree"), ("quickly", "often", "again")),
+        (("king", "queen", "judge"), ("rules", "builds", "leaves"), ("city", "castle", "court"), ("slowly", "wisely", "today")),
+        (("river", "storm", "wind"), ("floods", "shakes", "crosses"), ("valley", "bridge", "field"), ("loudly", "twice", "daily")),
+    ]
+    lines = []
+    for _ in range(rows):
+        subjects, verbs, objects, adverbs = rng.choice(topics)
+        sentences = [
+            f"The {rng.choice(subjects)} {rng.choice(verbs)} the {rng.choice(objects)} {rng.choice(adverbs)} ." for _ in range(6)
+        ]
+        lines.append(" ".join(sentences))
+    return "\n".join(lines) + "\n"
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    """A 4-layer Llama with 4:1 query heads per KV head, sizes that differ from one another."""
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    return LlamaConfig(**settings | changes)
+
+
+def tiny_model(seed: int = 0, **changes) -> LlamaForCausalLM:
+    """A random float32 model in eval mode; biases, where the config has them, are not zero."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_config(**changes)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """A --data_dir with wikitext-2-raw and ptb, made of the small grammar."""
+    folder = tmp_path_factory.mktemp("data")
+    for corpus, splits in (("wikitext-2-raw", ("train", "validation", "test")), ("ptb", ("validation", "test"))):
+        (folder / corpus).mkdir()
+        for index, split in enumerate(splits):
+            (folder / corpus / f"{split}.txt").write_text(make_text(300 if split == "train" else 60, seed=index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of VOCAB tokens, trained on the small grammar."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator([make_text(200, seed=0)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def trained_dir(tmp_path_factory, tokenizer) -> Path:
+    """A HF directory with the tiny 4:1 model, trained for a few seconds so that its PPL means something."""
+    model = tiny_model().train()
+    ids = torch.tensor(tokenizer(make_text(300, seed=0)).input_ids)
+    windows = ids[: len(ids) // 64 * 64].view(-1, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        batch = windows[torch.randint(len(windows), (16,), generator=generator)]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
