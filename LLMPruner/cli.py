@@ -6,7 +6,6 @@ Nothing here imports torch: `--help` and wrong arguments answer at once.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,8 +13,10 @@ from typing import Any
 
 from LLMPruner.config import EvalConfig, FinetuneConfig, LoraConfig, PruneConfig, RunConfig
 from LLMPruner.errors import RunError, UsageError
-
-logger = logging.getLogger("LLMPruner")
+from LLMPruner.importance.allocation import STRATEGIES
+from LLMPruner.importance.criteria import CRITERIA
+from LLMPruner.importance.layer_analyzer import LAYER_METHODS
+from LLMPruner.methods.repair import REPAIRS
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,29 +45,30 @@ class Switch(argparse.Action):
         super().__init__(names, dest, nargs=0, default=default, help=help)
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        """Store True for --name, False for --no_name."""
         setattr(namespace, self.dest, not (option_string or "").startswith("--no_"))
 
 
-def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
-    """Call `main(arguments)` and turn how it ends into an exit code: 0, 1 failed, 2 wrong command, 130 interrupted."""
+def run_script(recipe: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
+    """Call `recipe(arguments)` and turn how it ends into an exit code: 0, 1 failed, 2 wrong command, 130 interrupted."""
     try:
-        main(list(sys.argv[1:] if argv is None else argv))
+        recipe(list(sys.argv[1:] if argv is None else argv))
         return 0
+    except KeyboardInterrupt:
+        return _finish("interrupted", 130)
     except UsageError as error:
         return _finish(error, 2)
-    except KeyboardInterrupt:
-        return _finish("interrupted: nothing half-written was left behind", 130)
     except RunError as error:
         return _finish(error, 1)
     except Exception as error:
-        logger.debug("", exc_info=True)
-        return _finish(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+        if not getattr(error, "__notes__", None):  # no log has the traceback
+            traceback.print_exc()
+        return _finish(f"{type(error).__name__}: {error}", 1, "; ".join(getattr(error, "__notes__", [])))
 
 
-def _finish(message: object, code: int, details: str | None = None) -> int:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    if details is not None:
-        print(details, file=sys.stderr)
+def _finish(message: object, code: int, note: str = "") -> int:
+    sentence = " ".join(str(message).split())
+    print(f"error: {sentence}" + (f" ({note})" if note else ""), file=sys.stderr)
     return code
 
 
@@ -97,6 +99,49 @@ def add_eval_flags(parser: argparse.ArgumentParser, *, seq_len_flag: str | None 
     )
     if seq_len_flag is not None:
         group.add_argument(seq_len_flag, type=int, default=defaults.seq_len, help="tokens of an evaluation window")
+
+
+def add_prune_flags(parser: argparse.ArgumentParser) -> None:
+    """What to remove and how: budget, layers, and the three choices importance, strategy, repair."""
+    defaults = PruneConfig()
+
+    def add(group: argparse._ArgumentGroup, name: str, text: str, **options: Any) -> None:
+        group.add_argument("--" + name, default=getattr(defaults, name), help=text, **options)
+
+    budget = parser.add_argument_group("budget")
+    add(budget, "pruning_ratio", "fraction of the parameters to remove, in (0, 1)", type=float)
+    add(budget, "prune_attention", "prune KV groups", action=Switch)
+    add(budget, "prune_mlp", "prune MLP channels", action=Switch)
+    add(
+        budget,
+        "ratio_base",
+        "base of the ratio; auto: the model when attention and MLP of all layers are pruned, else the selected sublayers",
+        choices=("auto", "model", "selected"),
+    )
+    add(budget, "round_to", "keep channels in multiples of this; default: from the width, 256 at 8B", type=int)
+    add(budget, "layer_start", "first layer to prune", type=int)
+    add(budget, "layer_end", "layer to stop before; default: all layers", type=int)
+
+    layers = parser.add_argument_group("layers")
+    add(layers, "layer_importance_method", "how layers are scored", choices=LAYER_METHODS)
+    add(layers, "layer_importance_samples", "windows for the layer scores", type=int)
+    add(layers, "layer_importance_seq_len", "tokens of such a window", type=int)
+    add(layers, "pruning_strategy", "how scores become rates", choices=STRATEGIES)
+    add(layers, "layer_importance_weight", "how strongly scores steer the rates; 0: uniform", type=float)
+    add(layers, "min_pruning_rate", "least share a pruned sublayer loses", type=float)
+    add(layers, "max_pruning_rate", "largest share a pruned sublayer loses", type=float)
+    add(layers, "freeze_top_n_layers", "the N most important layers stay whole", type=int)
+    layers.add_argument(
+        "--skip_importance_analysis", action="store_true", help="re-use the scores of --layer_importance_config"
+    )
+    layers.add_argument("--layer_importance_config", metavar="FILE", help="layer_importance_config.json of an earlier run")
+
+    units = parser.add_argument_group("units and repair")
+    add(units, "importance", "how KV groups and channels are scored", choices=CRITERIA)
+    add(units, "repair", "how what is left is healed", choices=REPAIRS)
+    add(units, "channel_importance_samples", "calibration windows for unit scores and repair", type=int)
+    add(units, "calibration_seq_len", "tokens of a calibration window", type=int)
+    add(units, "calibration_dataset", "corpus to calibrate on (its train split), or a local text file", type=str)
 
 
 def add_lora_flags(parser: argparse.ArgumentParser) -> None:
@@ -172,4 +217,4 @@ def run_config(args: argparse.Namespace) -> RunConfig:
 def prune_config(args: argparse.Namespace) -> PruneConfig:
     """Pruning settings of the flags."""
     settings = {name: getattr(args, name) for name in PruneConfig.__dataclass_fields__ if hasattr(args, name)}
-    return PruneConfig(**settings)
+    return PruneConfig(**settings, layer_importance_file=args.layer_importance_config)

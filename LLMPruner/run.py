@@ -36,11 +36,12 @@ def check_experiment(name: str, flag: str) -> Path:
 class Run:
     """The folder, log file and records of one command. Use as a context manager: it opens and closes the log."""
 
-    def __init__(self, folder: Path, script: str, argv: Sequence[str], *, seed: int) -> None:
+    def __init__(self, folder: Path, script: str, argv: Sequence[str], *, seed: int, dry_run: bool = False) -> None:
         self.dir = folder
         self._arguments = [os.path.relpath(script), *argv]
         self.command = shlex.join(["python", *self._arguments])
         self.seed = seed
+        self.dry_run = dry_run  # write nothing but the log
         self.stages: list[dict[str, Any]] = []
         self.metrics: dict[str, Any] = {"command": self.command, "seed": seed, "stages": self.stages}
         self.timestamp_dir = self._new_timestamp_dir()
@@ -56,20 +57,30 @@ class Run:
         raise UsageError(f"{self.dir} is full of runs of this very second: try again")
 
     def __enter__(self) -> Run:
-        script = self.timestamp_dir / "train.sh"
-        write_text(
-            script, f"#!/bin/bash\ncd {shlex.quote(os.getcwd())} || exit\n{shlex.join([sys.executable, *self._arguments])}\n"
-        )
-        script.chmod(0o755)
+        if not self.dry_run:
+            self._write_script()
         self._handlers = start_logging(self.timestamp_dir / "training.log")
         logger.info("command: %s", self.command)
         logger.info("folder: %s", self.timestamp_dir)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            # the terminal gets one sentence; the log gets the whole story
+            record = logger.makeRecord(logger.name, logging.ERROR, "", 0, "the run failed", (), (kind, error, trace))
+            for handler in self._handlers:
+                if isinstance(handler, logging.FileHandler):
+                    handler.handle(record)
+            error.add_note(f"the traceback is in {self.timestamp_dir / 'training.log'}")
         for handler in self._handlers:
             logger.removeHandler(handler)
             handler.close()
+
+    def _write_script(self) -> None:
+        script = self.timestamp_dir / "train.sh"
+        command = shlex.join([sys.executable, *self._arguments])
+        write_text(script, f"#!/bin/bash\ncd {shlex.quote(str(Path.cwd()))} || exit\n{command}\n")
+        script.chmod(0o755)
 
     def describe(self, settings: dict[str, Any]) -> None:
         """Write `description.txt`: the command, the folder and every setting, one a line."""

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from LLMPruner.methods.gqa_aware import group_scores
 from LLMPruner.plan import Geometry
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line reads CRITERIA and must not wait for torch
+    import torch
     from torch import nn
 
     from LLMPruner.forward import LayerRunner
@@ -65,11 +64,13 @@ def magnitude(layer: nn.Module, statistics: LayerStatistics | None, geometry: Ge
     groups = groups + group_scores(attention.o_proj.weight.float().square().sum(0), geometry.num_kv_heads)
     channels = sum(getattr(mlp, name).weight.float().square().sum(1) for name in ("gate_proj", "up_proj"))
     channels = channels + mlp.down_proj.weight.float().square().sum(0)
-    return UnitScores(groups.cpu(), channels.cpu())
+    return UnitScores(groups.detach().cpu(), channels.detach().cpu())
 
 
 def random(layer: nn.Module, statistics: LayerStatistics | None, geometry: Geometry, seed: int) -> UnitScores:
     """Uniform noise, the control: anything worth using must beat it."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     return UnitScores(
         torch.rand(geometry.num_kv_heads, generator=generator), torch.rand(geometry.intermediate_size, generator=generator)
@@ -83,7 +84,6 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-@torch.no_grad()
 def score_units(
     runner: LayerRunner, geometry: Geometry, importance: str, *, windows: torch.Tensor | None, seed: int
 ) -> list[UnitScores]:
@@ -98,6 +98,8 @@ def score_units(
 
 def gate_statistics(runner: LayerRunner, geometry: Geometry, windows: torch.Tensor) -> list[LayerStatistics]:
     """Gather every layer's squared gate gradients in one streamed pass over `windows`."""
+    import torch
+
     sums = [
         LayerStatistics(torch.zeros(geometry.num_kv_heads), torch.zeros(geometry.intermediate_size))
         for _ in range(runner.num_layers)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from LLMPruner.plan import Geometry
+
+if TYPE_CHECKING:  # importance.criteria, whose registry the command line reads, must not wait for torch
+    import torch
+    from torch import nn
 
 
 def group_scores(columns: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -26,6 +28,8 @@ def select_units(scores: Sequence[float], keep: int) -> tuple[int, ...]:
 
 def group_columns(groups: Sequence[int], width: int) -> torch.Tensor:
     """The indices of `groups`' rows or columns, each group being `width` adjacent ones. int64 `(len(groups) * width,)`."""
+    import torch
+
     return (torch.tensor(groups).unsqueeze(1) * width + torch.arange(width)).flatten()
 
 
@@ -34,7 +38,6 @@ def query_columns(groups: Sequence[int], geometry: Geometry) -> torch.Tensor:
     return group_columns(groups, geometry.group_width)
 
 
-@torch.no_grad()
 def slice_attention(attention: nn.Module, groups: Sequence[int], geometry: Geometry) -> None:
     """Keep only `groups` of one attention sublayer: rows of q, k, v and columns of o. In place."""
     queries = query_columns(groups, geometry)
@@ -45,17 +48,18 @@ def slice_attention(attention: nn.Module, groups: Sequence[int], geometry: Geome
     attention.o_proj = slice_linear(attention.o_proj, columns=queries)
 
 
-@torch.no_grad()
 def slice_linear(linear: nn.Linear, *, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> nn.Linear:
     """A new Linear of the given output rows and input columns, with storage of its own."""
-    weight = linear.weight
+    from torch import nn
+
+    weight = linear.weight.detach()
     if rows is not None:
         weight = weight[rows.to(weight.device)]
     if columns is not None:
         weight = weight[:, columns.to(weight.device)]
     bias = None
     if linear.bias is not None:
-        bias = linear.bias if rows is None else linear.bias[rows.to(linear.bias.device)]
+        bias = linear.bias.detach() if rows is None else linear.bias.detach()[rows.to(linear.bias.device)]
     sliced = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     sliced.weight = nn.Parameter(weight.clone().contiguous(), requires_grad=linear.weight.requires_grad)
     if bias is not None:

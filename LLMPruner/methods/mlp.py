@@ -10,7 +10,6 @@ from torch import nn
 from LLMPruner.methods.gqa_aware import slice_linear
 
 
-@torch.no_grad()
 def slice_mlp(mlp: nn.Module, channels: Sequence[int]) -> None:
     """Keep only `channels` of one MLP: rows of gate and up, columns of down. In place."""
     kept = torch.tensor(channels)

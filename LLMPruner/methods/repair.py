@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the command line reads REPAIRS and must not wait for torch
+    import torch
 
 RIDGE = 0.01  # pull towards the original weights, relative to the mean diagonal of the kept Gram matrix
 
@@ -45,6 +47,8 @@ def least_squares(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, 
     Returns:
         `(hidden, k)` in the dtype of `weight`; solved in float64, because H is close to singular.
     """
+    import torch
+
     solve_on = torch.device("cpu") if weight.device.type == "mps" else weight.device  # mps has no float64
     kept = kept.to(solve_on)
     wide = weight.to(solve_on, torch.float64)
@@ -57,21 +61,20 @@ def least_squares(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, 
     system.diagonal().add_(mu)
     right = wide @ gram[:, kept] + mu * original
     factor, failed = torch.linalg.cholesky_ex(system)
+    solved = torch.cholesky_solve(right.T, factor).T
     if failed.item():  # rounding in the Gram matrix outweighs the ridge
         solved = torch.linalg.lstsq(system, right.T).solution.T
-    else:
-        solved = torch.cholesky_solve(right.T, factor).T
     return solved.to(weight.device, weight.dtype)
 
 
 def output_error(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, solved: torch.Tensor) -> float:
     """Mean squared output error E|W x - V x_S|^2 of `solved` on inputs with the given Gram matrix."""
-    difference = weight.to(torch.float64).clone()
-    difference[:, kept] -= solved.to(torch.float64)
-    return torch.einsum("ij,jk,ik->", difference, gram.to(torch.float64), difference).item()
+    difference = weight.double().clone()
+    difference[:, kept] -= solved.double()
+    return ((difference @ gram.double()) * difference).sum().item()
 
 
-Solver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Solver = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 # What a repair computes from (weight, gram, kept); None leaves the sliced weights as they are.
 REPAIRS: dict[str, Solver | None] = {"least_squares": least_squares, "none": None}

@@ -1,0 +1,294 @@
+"""The stages of pruning in order, free of any command line: analyse, plan, apply, measure, save, fine-tune."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from LLMPruner.checkpoint import require_free_space, write_text
+from LLMPruner.config import EvalConfig, FinetuneConfig, PruneConfig, RunConfig
+from LLMPruner.data import check_corpus, load_windows
+from LLMPruner.errors import UsageError
+from LLMPruner.importance.allocation import Budget, allocate, build_plan, make_budget
+from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
+from LLMPruner.model import ModelSource, checkpoint_bytes, load_model, save_model
+from LLMPruner.plan import Geometry, PruningPlan
+
+if TYPE_CHECKING:
+    import torch
+
+    from LLMPruner.evaluator.ppl import Perplexity
+    from LLMPruner.forward import LayerRunner
+    from LLMPruner.model import LoadedModel
+    from LLMPruner.run import Run
+
+logger = logging.getLogger("LLMPruner")
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """Everything one pruning run was asked for."""
+
+    source: ModelSource
+    prune: PruneConfig
+    run: RunConfig = RunConfig()
+    evaluation: EvalConfig = EvalConfig()
+    finetune: FinetuneConfig | None = None
+    save: bool = True
+    test_original: bool = False
+    test_pruned: bool = False
+    dry_run: bool = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether any PPL is to be reported; fine-tuning without one would be blind."""
+        return not self.dry_run and (self.test_original or self.test_pruned or self.finetune is not None)
+
+    @property
+    def saves_finetuned(self) -> bool:
+        """Whether a second checkpoint is written."""
+        return self.save and self.finetune is not None
+
+
+def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | None]:
+    """All checks that need no weights: the budget in integers, and scores to be re-used (None: to be measured).
+
+    Raises UsageError, with nothing changed on disk.
+    """
+    geometry, config = job.source.geometry, job.prune
+    if not job.source.plan.is_dense:
+        raise UsageError(f"{job.source.path} is pruned already: prune the dense model it came from with a larger ratio")
+    _check_lengths(job, geometry)
+    for corpus, split in _corpora(job):
+        check_corpus(corpus, job.run.data_dir, split)
+    budget = make_budget(geometry, config)
+    importance = None
+    if config.layer_importance_file is not None:
+        file = Path(config.layer_importance_file)
+        importance = LayerImportance.load(file, job.source.fingerprint(), geometry.num_layers)
+        allocate(budget, importance.scores, config)  # the limits are infeasible or not: known without the weights
+    if job.save and not job.dry_run:
+        size = checkpoint_bytes(geometry.dense_params - budget.target, job.run.dtype)
+        require_free_space(folder, size * (2 if job.saves_finetuned else 1), "the checkpoint")
+    return budget, importance
+
+
+def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance | None = None) -> LoadedModel:
+    """Run all stages of `job` into the folder of `run`; returns the pruned (and fine-tuned) model."""
+    import torch
+
+    torch.manual_seed(job.run.seed)
+    logger.info(
+        "budget: remove %s of the %s's %s parameters (ratio %s)",
+        f"{budget.target:,}",
+        budget.base_name,
+        f"{budget.base:,}",
+        job.prune.pruning_ratio,
+    )
+    with run.stage("load"):
+        loaded = load_model(job.source, dtype=job.run.dtype, device=job.run.device)
+        windows = _eval_windows(job, loaded.tokenizer)
+    results: dict[str, list[Perplexity]] = {}
+    if job.test_original and not job.dry_run:
+        results["original"] = _measure(run, loaded, windows, "original")
+    plan, importance = _plan(job, run, loaded, budget, importance)
+    _report_plan(run, plan, budget)
+    if job.dry_run:
+        return loaded
+    _save_plan(run, plan, importance)
+    _apply(job, run, loaded, plan)
+    if job.test_pruned or job.finetune is not None:
+        results["pruned"] = _measure(run, loaded, windows, "pruned")
+    if job.save:
+        with run.stage("save"):
+            save_model(run.dir / "pytorch_model.bin", loaded)
+        logger.info("saved %s", run.dir / "pytorch_model.bin")
+    if job.finetune is not None:
+        _finetune(job, run, loaded)
+        results["finetuned"] = _measure(run, loaded, windows, "finetuned")
+    _finish(job, run, plan, results)
+    return loaded
+
+
+def make_plan(
+    runner: LayerRunner,
+    geometry: Geometry,
+    budget: Budget,
+    config: PruneConfig,
+    *,
+    layer_scores: Sequence[float],
+    windows: torch.Tensor,
+    seed: int,
+) -> PruningPlan:
+    """Score the units, split the budget over the layers, keep the best: scores and budget to plan."""
+    from LLMPruner.importance.criteria import score_units
+
+    kept = allocate(budget, layer_scores, config)  # before the slow part: it may find the limits infeasible
+    scores = score_units(runner, geometry, config.importance, windows=windows, seed=seed)
+    return build_plan(geometry, kept, scores)
+
+
+def versions() -> dict[str, str]:
+    """The libraries a result depends on."""
+    import platform
+
+    import torch
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _check_lengths(job: PruneJob, geometry: Geometry) -> None:
+    lengths = {
+        "--calibration_seq_len": job.prune.calibration_seq_len,
+        "--layer_importance_seq_len": job.prune.layer_importance_seq_len,
+    }
+    if job.measures:
+        lengths["--eval_seq_len"] = job.evaluation.seq_len
+    if job.finetune is not None:
+        lengths[job.finetune.prefix + "seq_len"] = job.finetune.seq_len
+    for flag, length in lengths.items():
+        if length > geometry.max_positions:
+            raise UsageError(f"{flag} {length} is longer than the model's {geometry.max_positions} positions")
+
+
+def _corpora(job: PruneJob) -> list[tuple[str, str]]:
+    wanted = [(job.prune.calibration_dataset, "train")]
+    if job.measures:
+        wanted += [(name, "test") for name in job.evaluation.datasets]
+    if job.finetune is not None:
+        wanted.append((job.finetune.dataset, "train"))
+    return wanted
+
+
+def _eval_windows(job: PruneJob, tokenizer: Any) -> dict[str, torch.Tensor]:
+    from LLMPruner.evaluator.ppl import load_eval_windows
+
+    return load_eval_windows(tokenizer, job.evaluation, job.run.data_dir) if job.measures else {}
+
+
+def _measure(run: Run, loaded: LoadedModel, windows: dict[str, torch.Tensor], label: str) -> list[Perplexity]:
+    from LLMPruner.evaluator.ppl import measure
+
+    with run.stage(f"evaluate {label}") as record:
+        results = measure(loaded.model, windows, label)
+        record["ppl"] = [result.as_dict() for result in results]
+    return results
+
+
+def _plan(
+    job: PruneJob, run: Run, loaded: LoadedModel, budget: Budget, importance: LayerImportance | None
+) -> tuple[PruningPlan, LayerImportance]:
+    from LLMPruner.forward import LayerRunner
+
+    config, runner = job.prune, LayerRunner(loaded.model)
+    if importance is None:
+        importance = _analyze(job, run, loaded, runner)
+    with run.stage("plan"):
+        windows = _calibration_windows(job, loaded)
+        geometry, scores = job.source.geometry, importance.scores
+        plan = make_plan(runner, geometry, budget, config, layer_scores=scores, windows=windows, seed=job.run.seed)
+    return plan, importance
+
+
+def _analyze(job: PruneJob, run: Run, loaded: LoadedModel, runner: LayerRunner) -> LayerImportance:
+    config = job.prune
+    with run.stage("layer importance"):
+        windows = load_windows(
+            loaded.tokenizer,
+            config.calibration_dataset,
+            "train",
+            seq_len=config.layer_importance_seq_len,
+            samples=config.layer_importance_samples,
+            data_dir=job.run.data_dir,
+            seed=job.run.seed,
+        )
+        return analyze_layers(
+            runner,
+            windows,
+            config.layer_importance_method,
+            corpus=config.calibration_dataset,
+            split="train",
+            seed=job.run.seed,
+            fingerprint=job.source.fingerprint(),
+        )
+
+
+def _calibration_windows(job: PruneJob, loaded: LoadedModel) -> torch.Tensor:
+    return load_windows(
+        loaded.tokenizer,
+        job.prune.calibration_dataset,
+        "train",
+        seq_len=job.prune.calibration_seq_len,
+        samples=job.prune.channel_importance_samples,
+        data_dir=job.run.data_dir,
+        seed=job.run.seed,
+    )
+
+
+def _report_plan(run: Run, plan: PruningPlan, budget: Budget) -> None:
+    geometry = plan.geometry
+    for index, (groups, channels) in enumerate(zip(plan.kv_counts, plan.channel_counts, strict=True)):
+        logger.info(
+            "layer %2d  kv %d->%d  mlp %d->%d", index, geometry.num_kv_heads, groups, geometry.intermediate_size, channels
+        )
+    removed = plan.removed_params
+    logger.info(
+        "parameters: %s -> %s, removed %s (target %s, %.2f%% of the %s, %.2f%% of the whole model)",
+        f"{geometry.dense_params:,}",
+        f"{plan.total_params:,}",
+        f"{removed:,}",
+        f"{budget.target:,}",
+        100 * removed / budget.base,
+        "whole model" if budget.base_name == "model" else "selected sublayers",
+        100 * removed / geometry.dense_params,
+    )
+    logger.info(
+        "predicted size: %.1f MB at 2 bytes a parameter, %.1f MB at 4", plan.total_params * 2 / 1e6, plan.total_params * 4 / 1e6
+    )
+    run.metrics["budget"] = {"base": budget.base, "base_name": budget.base_name, "target": budget.target, "removed": removed}
+    run.metrics["parameters"] = {"original": geometry.dense_params, "pruned": plan.total_params}
+
+
+def _save_plan(run: Run, plan: PruningPlan, importance: LayerImportance) -> None:
+    from LLMPruner.evaluator.report import plot_plan
+
+    importance.save(run.dir / "layer_importance_config.json")
+    write_text(run.dir / "pruning_plan.json", plan.to_json() + "\n")
+    plot_plan(run.dir / "pruning_strategy.png", plan, importance.scores)
+
+
+def _apply(job: PruneJob, run: Run, loaded: LoadedModel, plan: PruningPlan) -> None:
+    from LLMPruner.forward import LayerRunner
+    from LLMPruner.methods.apply import apply_plan
+
+    with run.stage(f"apply (repair {job.prune.repair})"):
+        apply_plan(LayerRunner(loaded.model), plan, repair=job.prune.repair, windows=_calibration_windows(job, loaded))
+    loaded.plan = plan
+    loaded.provenance |= {
+        "command": run.command,
+        "seed": job.run.seed,
+        "versions": versions(),
+        "parameters": plan.total_params,
+        "calibration": {"corpus": job.prune.calibration_dataset, "split": "train"},
+        "settings": asdict(job.prune),
+    }
+
+
+def _finetune(job: PruneJob, run: Run, loaded: LoadedModel) -> None:
+    from LLMPruner.trainer.finetuner import recover
+
+    recover(loaded, job.finetune, run, data_dir=job.run.data_dir, seed=job.run.seed, save=job.save)
+
+
+def _finish(job: PruneJob, run: Run, plan: PruningPlan, results: dict[str, list[Perplexity]]) -> None:
+    from LLMPruner.evaluator.report import comparison_table, table_rows
+
+    run.metrics["ppl"] = {role: [result.as_dict() for result in measured] for role, measured in results.items()}
+    run.save_metrics()
+    if results:
+        parameters = {role: plan.geometry.dense_params if role == "original" else plan.total_params for role in results}
+        logger.info("comparison\n%s", comparison_table(table_rows(results, parameters)))

@@ -1,0 +1,74 @@
+"""Prune a Llama with grouped-query attention: whole KV groups and MLP channels, more where layers matter less."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from LLMPruner import cli
+from LLMPruner.config import PruneConfig
+from LLMPruner.errors import UsageError
+from LLMPruner.model import find_model
+from LLMPruner.pipeline import PruneJob, preflight, prune
+from LLMPruner.run import Run, check_experiment
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the pruning script."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--base_model", help="Hugging Face directory, hub id or .gguf file; default: the embedded SmolLM2-135M")
+    parser.add_argument("--save_ckpt_log_name", required=True, help="experiment name: results go to prune_log/NAME")
+    parser.add_argument("--save_model", action=cli.Switch, default=True, help="write pytorch_model.bin")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and the sizes, write nothing but the log")
+    parser.add_argument("--test_original_ppl", action=cli.Switch, default=False, help="measure the dense model's PPL first")
+    parser.add_argument("--test_after_prune", action=cli.Switch, default=False, help="measure the PPL after pruning")
+    parser.add_argument("--finetune", action=cli.Switch, default=False, help="fine-tune after pruning")
+    parser.add_argument("--finetune_method", choices=("lora", "full"), default="lora", help="how to fine-tune")
+    cli.add_prune_flags(parser)
+    cli.add_eval_flags(parser)
+    cli.add_training_flags(parser, "finetune_")
+    cli.add_lora_flags(parser)
+    cli.add_run_flags(parser)
+    return parser
+
+
+def build_job(args: argparse.Namespace) -> PruneJob:
+    """Check the flags and inspect the model; no weights are read."""
+    if args.skip_importance_analysis != (args.layer_importance_config is not None):
+        raise UsageError("--skip_importance_analysis and --layer_importance_config FILE go together")
+    config: PruneConfig = cli.prune_config(args)
+    finetune = cli.finetune_config(args, "finetune_", args.finetune_method)
+    return PruneJob(
+        prune=config,
+        run=cli.run_config(args),
+        evaluation=cli.eval_config(args, args.eval_seq_len),
+        finetune=finetune if args.finetune else None,
+        save=args.save_model,
+        test_original=args.test_original_ppl,
+        test_pruned=args.test_after_prune,
+        dry_run=args.dry_run,
+        source=find_model(args.base_model, "--base_model"),
+    )
+
+
+def recipe(argv: Sequence[str]) -> None:
+    """Parse, check, run."""
+    args = build_parser().parse_args(argv)
+    folder = check_experiment(args.save_ckpt_log_name, "--save_ckpt_log_name")
+    job = build_job(args)
+    budget, importance = preflight(job, folder)
+    with Run(folder, __file__, argv, seed=job.run.seed, dry_run=job.dry_run) as run:
+        if not job.dry_run:
+            run.describe(vars(args) | {"prune": asdict(job.prune)})
+        prune(job, run, budget, importance)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run_script(recipe, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

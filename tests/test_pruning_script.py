@@ -1,0 +1,205 @@
+"""The pruning script: end to end on a tiny model, and every wrong command it must refuse before loading anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama3_unbalanced_pruning_gqa_aware as script
+from LLMPruner.model import find_model, load_model
+from LLMPruner.plan import PruningPlan
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--layer_importance_samples=6",
+    "--channel_importance_samples=8",
+    "--calibration_seq_len=64",
+    "--layer_importance_seq_len=32",
+    "--eval_seq_len=64",
+    "--eval_samples=8",
+    "--dtype=float32",
+]
+
+
+@pytest.fixture
+def command(trained_dir, data_dir, tmp_path, monkeypatch):
+    """Runs the script in a folder of its own; returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, name="exp", base=trained_dir):
+        return script.main([f"--base_model={base}", f"--data_dir={data_dir}", f"--save_ckpt_log_name={name}", *SMALL, *flags])
+
+    return run
+
+
+def test_a_run_leaves_what_the_document_promises(command):
+    assert command("--prune_mlp", "--test_original_ppl", "--test_after_prune") == 0
+    folder = Path("prune_log/exp")
+    for name in ("description.txt", "layer_importance_config.json", "pruning_plan.json", "pruning_strategy.png", "metrics.json"):
+        assert (folder / name).stat().st_size > 0
+    (stamp,) = [path for path in folder.iterdir() if path.is_dir()]
+    log = (stamp / "training.log").read_text()
+    assert log.count("PPL original on wikitext2") == 1 and log.count("PPL pruned on wikitext2") == 1 and "PPL 对比结果" in log
+    assert os.access(stamp / "train.sh", os.X_OK) and "--prune_mlp" in (stamp / "train.sh").read_text()
+
+    plan = PruningPlan.from_json((folder / "pruning_plan.json").read_text())
+    loaded = load_model(find_model(str(folder / "pytorch_model.bin"), "--base_model"), dtype="float32")
+    assert loaded.plan == plan
+    assert sum(p.numel() for p in loaded.model.parameters()) == plan.total_params == loaded.provenance["parameters"]
+    assert plan.removed_params >= 0.25 * plan.geometry.dense_params
+    assert loaded.provenance["calibration"] == {"corpus": "wikitext2", "split": "train"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["ppl"]["pruned"][0]["ppl"] > metrics["ppl"]["original"][0]["ppl"] > 1
+    assert {stage["stage"] for stage in metrics["stages"]} >= {"load", "layer importance", "plan", "save"}
+
+
+def test_the_same_seed_gives_the_same_plan_and_ppl_to_the_last_digit(command):
+    results = []
+    for name in ("one", "two"):
+        assert command("--prune_mlp", "--test_after_prune", name=name) == 0
+        metrics = json.loads(Path("prune_log", name, "metrics.json").read_text())
+        results.append((Path("prune_log", name, "pruning_plan.json").read_text(), metrics["ppl"]["pruned"][0]["ppl"]))
+    assert results[0] == results[1]
+
+
+def test_plan_b_is_one_command(command):
+    flags = ["--finetune_samples=32", "--finetune_epochs=1", "--finetune_seq_len=64", "--finetune_lr=1e-3", "--lora_r=4"]
+    assert command("--prune_mlp", "--pruning_ratio=0.4", "--finetune", "--finetune_method=lora", *flags) == 0
+    metrics = json.loads(Path("prune_log/exp/metrics.json").read_text())["ppl"]
+    assert metrics["finetuned"][0]["ppl"] < metrics["pruned"][0]["ppl"]
+    source = find_model("prune_log/exp/pytorch_model_finetuned.bin", "--model_path")
+    assert source.plan.removed_params > 0
+    assert Path("prune_log/exp/adapter/adapter_model.safetensors").is_file()
+
+
+def test_scores_are_reused_for_another_ratio_and_refused_for_another_model(command, tmp_path, trained_dir, capsys):
+    assert command("--prune_mlp", name="first", base=trained_dir) == 0
+    scores = "--layer_importance_config=prune_log/first/layer_importance_config.json"
+    assert command("--prune_mlp", "--pruning_ratio=0.3", "--skip_importance_analysis", scores, name="second") == 0
+    assert "layer importance" not in [s["stage"] for s in json.loads(Path("prune_log/second/metrics.json").read_text())["stages"]]
+    from conftest import tiny_model
+
+    other = tmp_path / "other"
+    tiny_model(seed=5).save_pretrained(other)
+    assert command("--prune_mlp", "--skip_importance_analysis", scores, name="third", base=other) == 2
+    assert "another model" in capsys.readouterr().err
+    assert not Path("prune_log/third").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing_but_the_log(command, capsys):
+    assert command("--prune_mlp", "--dry_run") == 0
+    output = capsys.readouterr().out
+    assert "kv 2->" in output and "predicted size" in output and "removed" in output
+    files = [path for path in Path("prune_log").rglob("*") if path.is_file()]
+    assert [path.name for path in files] == ["training.log"]
+
+
+@pytest.mark.parametrize("flag", ["--importance=magnitude", "--importance=random", "--repair=none", "--pruning_strategy=uniform"])
+def test_every_choice_meets_the_budget(command, flag):
+    assert command("--prune_mlp", "--no_save_model", flag) == 0
+    plan = PruningPlan.from_json(Path("prune_log/exp/pruning_plan.json").read_text())
+    step = 4 * plan.geometry.channel_params
+    assert 0 <= plan.removed_params - 0.25 * plan.geometry.dense_params < step
+    assert not Path("prune_log/exp/pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--pruning_ratio=0"], "--pruning_ratio"),
+        (["--pruning_ratio=1"], "--pruning_ratio"),
+        (["--pruning_ratio=-0.5"], "--pruning_ratio"),
+        (["--pruning_ratio=nan"], "--pruning_ratio"),
+        (["--pruning_ratio=abc"], "--pruning_ratio"),
+        (["--pruning_ratio=0.99", "--prune_mlp"], "largest feasible ratio"),
+        (["--no_prune_attention"], "--prune_mlp"),
+        (["--layer_start=3", "--layer_end=2"], "--layer_start"),
+        (["--layer_start=2", "--layer_end=2"], "--layer_start"),
+        (["--layer_end=9"], "--layer_end"),
+        (["--layer_start=-1"], "--layer_start"),
+        (["--skip_importance_analysis"], "--layer_importance_config"),
+        (["--skip_importance_analysis", "--layer_importance_config=none.json"], "does not exist"),
+        (["--calibration_dataset=nothere"], "unknown corpus"),
+        (["--test_after_prune", "--eval_datasets=nothere"], "unknown corpus"),
+        (["--data_dir=nothere"], "--data_dir"),
+        (["--layer_importance_samples=0"], "--layer_importance_samples"),
+        (["--channel_importance_samples=-1"], "--channel_importance_samples"),
+        (["--calibration_seq_len=1"], "--calibration_seq_len"),
+        (["--calibration_seq_len=100000"], "positions"),
+        (["--test_after_prune", "--eval_seq_len=100000"], "positions"),
+        (["--finetune", "--finetune_seq_len=100000"], "positions"),
+        (["--finetune", "--finetune_batch_size=0"], "--finetune_batch_size"),
+        (["--lora_r=0", "--finetune"], "--lora_r"),
+        (["--round_to=0"], "--round_to"),
+        (["--max_pruning_rate=0.1", "--min_pruning_rate=0.5"], "--min_pruning_rate"),
+        (["--freeze_top_n_layers=4"], "--freeze_top_n_layers"),
+        (["--importance=magic"], "--importance"),
+        (["--dtype=int3"], "--dtype"),
+        (["--unknown_flag"], "--unknown_flag"),
+        (["--save_ckpt_log_name=a/b"], "--save_ckpt_log_name"),
+        (["--save_ckpt_log_name=.."], "--save_ckpt_log_name"),
+        (["--base_model=/nowhere/model"], "does not exist"),
+        (["--base_model=."], "config.json"),
+    ],
+)
+def test_bad_input_is_one_sentence_exit_2_and_changes_nothing(command, capsys, flags, words):
+    try:
+        code = command(*flags)
+    except SystemExit as stop:  # argparse's own way out
+        code = stop.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and "Traceback" not in error
+    assert list(Path().iterdir()) == []
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(command, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    assert command("--prune_mlp") == 2
+    assert "free" in capsys.readouterr().err and list(Path().iterdir()) == []
+
+
+def test_an_unwritable_place_is_refused(command, capsys):
+    Path("prune_log").write_text("a file where the folder should be")
+    assert command() == 2
+    assert "prune_log" in capsys.readouterr().err
+
+
+def test_a_corpus_shorter_than_a_window_is_refused(command, capsys, tmp_path):
+    Path("short.txt").write_text("too short\n")
+    assert command("--calibration_dataset=short.txt") == 2
+    assert "shorter than one window" in capsys.readouterr().err
+
+
+def test_an_interrupt_exits_130_and_leaves_no_half_written_file(command, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    assert command("--prune_mlp") == 130
+    assert not [path for path in Path("prune_log").rglob("*") if "pytorch_model" in path.name]
+
+
+def test_help_and_errors_answer_before_torch_is_imported():
+    for flags, code in ((["--help"], 0), (["--save_ckpt_log_name=x", "--pruning_ratio=2"], 2)):
+        probe = f"import sys, {script.__name__} as s\ntry: c = s.main({flags!r})\nexcept SystemExit as e: c = e.code\n"
+        probe += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\nsys.exit(c)"
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert time.perf_counter() - start < 5  # well under one second when the machine is idle
+
+
+def test_train_sh_runs_the_command_again(command, trained_dir):
+    assert command("--prune_mlp", "--no_save_model") == 0
+    (first,) = Path("prune_log/exp").glob("*/train.sh")
+    done = subprocess.run(["bash", str(first)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list(Path("prune_log/exp").glob("*/training.log"))) == 2
