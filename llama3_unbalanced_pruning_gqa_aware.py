@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from LLMPruner import cli
 from LLMPruner.config import PruneConfig
@@ -60,8 +59,6 @@ def recipe(argv: Sequence[str]) -> None:
     job = build_job(args)
     budget, importance = preflight(job, folder)
     with Run(folder, __file__, argv, seed=job.run.seed, dry_run=job.dry_run) as run:
-        if not job.dry_run:
-            run.describe(vars(args) | {"prune": asdict(job.prune)})
         prune(job, run, budget, importance)
 
 

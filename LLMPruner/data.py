@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,15 +52,19 @@ CORPORA = {
 }
 
 
-def check_corpus(name: str, data_dir: str | None, split: str) -> None:
-    """Raise UsageError, without loading anything, when the corpus cannot exist here under this name."""
+def check_corpus(name: str, data_dir: str | None, split: str, seq_len: int = 1) -> None:
+    """Raise UsageError when the corpus is unknown, cannot be reached, or cannot hold a window of `seq_len` tokens.
+
+    No tokenizer is needed: a token is at least one byte.
+    """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UsageError(f"--data_dir {data_dir} is not a folder")
     if name in CORPORA or Path(name).is_file():
         if Path(name).suffix not in SUFFIXES and name not in CORPORA:
             raise UsageError(f"corpus file {name} must end in {', '.join(SUFFIXES)}")
-        if name == "news" and _local_file(name, data_dir, split) is None and _gensim_data() is None:
-            raise UsageError("corpus news comes with a package: pip install --no-deps gensim==4.4.0")
+        size = len(load_text(name, split, data_dir).encode())
+        if size < seq_len:
+            raise UsageError(f"corpus {name}, split {split}, has {size} bytes: shorter than one window of {seq_len}")
         return
     raise UsageError(
         f"unknown corpus {name!r}: use one of {', '.join(sorted(CORPORA))}, or the path of a local {'/'.join(SUFFIXES)} file"
@@ -72,8 +77,9 @@ def describe(name: str) -> str:
     return f"{name} ({corpus.config})" if corpus is not None and corpus.config else name
 
 
-def load_rows(name: str, split: str, data_dir: str | None = None) -> list[str]:
-    """The non-empty rows of one split. Raises UsageError when the corpus cannot be reached or lacks the split."""
+@lru_cache(maxsize=8)
+def load_text(name: str, split: str, data_dir: str | None = None) -> str:
+    """The rows of one split joined by blank lines. Raises UsageError when the corpus cannot be reached or lacks the split."""
     local = _local_file(name, data_dir, split)
     if local is not None:
         rows = _read_file(local, CORPORA[name].column if name in CORPORA else "text")
@@ -84,7 +90,15 @@ def load_rows(name: str, split: str, data_dir: str | None = None) -> list[str]:
     rows = [row.strip("\n") for row in rows if row.strip()]
     if not rows:
         raise UsageError(f"corpus {name}, split {split}, is empty")
-    return rows
+    return "\n\n".join(rows)
+
+
+@lru_cache(maxsize=8)
+def token_ids(tokenizer: Any, name: str, split: str, data_dir: str | None = None) -> torch.Tensor:
+    """The whole split as one stream of tokens, int64 `(n,)`; cached, because several stages cut windows from it."""
+    import torch
+
+    return torch.tensor(tokenizer(load_text(name, split, data_dir), verbose=False).input_ids)
 
 
 def load_windows(
@@ -104,8 +118,7 @@ def load_windows(
     """
     import torch
 
-    text = "\n\n".join(load_rows(name, split, data_dir))
-    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    ids = token_ids(tokenizer, name, split, data_dir)
     count = len(ids) // seq_len
     if count < 1:
         raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")

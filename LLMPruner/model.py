@@ -95,30 +95,45 @@ def find_model(path: str | None, flag: str) -> ModelSource:
     raise UsageError(f"{flag} {path} does not exist")
 
 
-def load_model(source: ModelSource, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
-    """Load weights and tokenizer, in eval mode, on `device`. Raises RunError when the weights do not fit the config."""
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone, so that data can be checked before any weight is read."""
     from transformers import AutoTokenizer
 
+    with _quiet_transformers():
+        if source.kind == "gguf":
+            return AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
+        if source.kind == "hf":
+            return AutoTokenizer.from_pretrained(source.path)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in json.loads(source.meta["__tokenizer__"]).items():
+                if name not in TOKENIZER_FILES:
+                    raise RunError(f"{source.path} carries an unexpected tokenizer file: {name}")
+                Path(folder, name).write_text(text, encoding="utf-8")
+            return AutoTokenizer.from_pretrained(folder)
+
+
+def load_model(
+    source: ModelSource, *, dtype: str = "auto", device: str = "auto", tokenizer: PreTrainedTokenizerBase | None = None
+) -> LoadedModel:
+    """Load weights (and the tokenizer, unless given), in eval mode, on `device`.
+
+    Raises RunError when the weights do not fit the config or, for our `.bin`, the plan.
+    """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
     logger.info("loading %s as %s on %s", source.path, str(precision).removeprefix("torch."), place)
-    if source.kind == "bin":
-        return _load_bin(source, precision, place)
+    load = {"bin": _load_bin, "gguf": _load_gguf, "hf": _load_directory}[source.kind]
     with _quiet_transformers():
-        if source.kind == "gguf":
-            tokenizer = AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
-            model = _load_gguf(source.path, precision)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(source.path)
-            model = _load_directory(source, precision)
-    model = model.to(place).eval()
-    if count_parameters(model) != source.geometry.dense_params:
-        raise RunError(
-            f"{source.path} has {count_parameters(model):,} parameters, its config says {source.geometry.dense_params:,}"
-        )
-    logger.info("loaded %s parameters", f"{count_parameters(model):,}")
-    provenance = {"base_model": str(source.path), "dense_parameters": source.geometry.dense_params}
-    return LoadedModel(model, tokenizer, source.plan, provenance)
+        model = load(source, precision).to(place).eval()
+    count = count_parameters(model)
+    if count != source.plan.total_params:
+        raise RunError(f"{source.path} has {count:,} parameters where its config says {source.plan.total_params:,}")
+    logger.info("loaded %s parameters", f"{count:,}")
+    if source.kind == "bin":
+        provenance = json.loads(source.meta["__provenance__"])
+    else:
+        provenance = {"base_model": str(source.path), "dense_parameters": count}
+    return LoadedModel(model, tokenizer or load_tokenizer(source), source.plan, provenance)
 
 
 def build_empty(config: Any, plan: PruningPlan) -> LlamaForCausalLM:
@@ -313,37 +328,30 @@ def _load_directory(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM
     return model
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+def _load_gguf(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
     """Dequantize through transformers, then rebuild: its own object is marked quantized and refuses to be cast or saved."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    dequantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    folder, name = source.path.parent, source.path.name
+    dequantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     settings = dequantized.config.to_dict()
     settings.pop("quantization_config", None)
-    config = LlamaConfig(**settings)
-    model = build_empty(config, PruningPlan.dense(Geometry.from_config(config.to_dict())))
+    model = build_empty(LlamaConfig(**settings), source.plan)
     model = assign_weights(model, dequantized.state_dict(), dtype)
     model.generation_config = dequantized.generation_config
     return model
 
 
-def _load_bin(source: ModelSource, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+def _load_bin(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
+    from transformers import GenerationConfig, LlamaConfig
 
     tensors, meta = load_checkpoint(source.path)
-    config = LlamaConfig(**json.loads(meta["__config__"]))
-    model = assign_weights(build_empty(config, source.plan), tensors, dtype).to(device)
+    model = build_empty(LlamaConfig(**json.loads(meta["__config__"])), source.plan)
+    model = assign_weights(model, tensors, dtype)
     if "__generation_config__" in meta:
         model.generation_config = GenerationConfig(**json.loads(meta["__generation_config__"]))
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in json.loads(meta["__tokenizer__"]).items():
-            if name not in TOKENIZER_FILES:
-                raise RunError(f"{source.path} carries an unexpected tokenizer file: {name}")
-            Path(folder, name).write_text(text, encoding="utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    logger.info("loaded %s parameters", f"{count_parameters(model):,}")
-    return LoadedModel(model, tokenizer, source.plan, json.loads(meta["__provenance__"]))
+    return model
 
 
 def _tokenizer_files(tokenizer: Any) -> dict[str, str]:

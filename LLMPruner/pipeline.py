@@ -13,8 +13,9 @@ from LLMPruner.config import EvalConfig, FinetuneConfig, PruneConfig, RunConfig
 from LLMPruner.data import check_corpus, load_windows
 from LLMPruner.errors import UsageError
 from LLMPruner.importance.allocation import Budget, allocate, build_plan, make_budget
+from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
-from LLMPruner.model import ModelSource, checkpoint_bytes, load_model, save_model
+from LLMPruner.model import ModelSource, checkpoint_bytes, load_model, load_tokenizer, save_model
 from LLMPruner.plan import Geometry, PruningPlan
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
     if not job.source.plan.is_dense:
         raise UsageError(f"{job.source.path} is pruned already: prune the dense model it came from with a larger ratio")
     _check_lengths(job, geometry)
-    for corpus, split in _corpora(job):
-        check_corpus(corpus, job.run.data_dir, split)
+    for corpus, split, seq_len in _corpora(job):
+        check_corpus(corpus, job.run.data_dir, split, seq_len)
     budget = make_budget(geometry, config)
     importance = None
     if config.layer_importance_file is not None:
@@ -80,6 +81,9 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     """Run all stages of `job` into the folder of `run`; returns the pruned (and fine-tuned) model."""
     import torch
 
+    from LLMPruner.forward import LayerRunner
+    from LLMPruner.methods.apply import apply_plan
+
     torch.manual_seed(job.run.seed)
     logger.info(
         "budget: remove %s of the %s's %s parameters (ratio %s)",
@@ -89,46 +93,50 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
         job.prune.pruning_ratio,
     )
     with run.stage("load"):
-        loaded = load_model(job.source, dtype=job.run.dtype, device=job.run.device)
-        windows = _eval_windows(job, loaded.tokenizer)
+        tokenizer = load_tokenizer(job.source)
+        windows = cut_windows(job, tokenizer)
+        loaded = load_model(job.source, dtype=job.run.dtype, device=job.run.device, tokenizer=tokenizer)
+        runner = LayerRunner(loaded.model)
     results: dict[str, list[Perplexity]] = {}
     if job.test_original and not job.dry_run:
-        results["original"] = _measure(run, loaded, windows, "original")
-    plan, importance = _plan(job, run, loaded, budget, importance)
+        results["original"] = _measure(run, loaded, windows.evaluation, "original")
+    if importance is None:
+        importance = _analyze(job, run, runner, windows.layers)
+    with run.stage("plan"):
+        plan = make_plan(runner, budget, job.prune, importance.scores, windows.calibration, seed=job.run.seed)
     _report_plan(run, plan, budget)
     if job.dry_run:
         return loaded
-    _save_plan(run, plan, importance)
-    _apply(job, run, loaded, plan)
+    _describe(job, run, plan, importance)
+    with run.stage(f"apply (repair {job.prune.repair})"):
+        apply_plan(runner, plan, repair=job.prune.repair, windows=windows.calibration)
+    _record(job, run, loaded, plan)
     if job.test_pruned or job.finetune is not None:
-        results["pruned"] = _measure(run, loaded, windows, "pruned")
+        results["pruned"] = _measure(run, loaded, windows.evaluation, "pruned")
     if job.save:
         with run.stage("save"):
             save_model(run.dir / "pytorch_model.bin", loaded)
         logger.info("saved %s", run.dir / "pytorch_model.bin")
     if job.finetune is not None:
         _finetune(job, run, loaded)
-        results["finetuned"] = _measure(run, loaded, windows, "finetuned")
+        results["finetuned"] = _measure(run, loaded, windows.evaluation, "finetuned")
     _finish(job, run, plan, results)
     return loaded
 
 
 def make_plan(
     runner: LayerRunner,
-    geometry: Geometry,
     budget: Budget,
     config: PruneConfig,
-    *,
     layer_scores: Sequence[float],
     windows: torch.Tensor,
+    *,
     seed: int,
 ) -> PruningPlan:
-    """Score the units, split the budget over the layers, keep the best: scores and budget to plan."""
-    from LLMPruner.importance.criteria import score_units
-
+    """Split the budget over the layers, score the units on `windows` `(n, seq_len)`, keep the best ones."""
     kept = allocate(budget, layer_scores, config)  # before the slow part: it may find the limits infeasible
-    scores = score_units(runner, geometry, config.importance, windows=windows, seed=seed)
-    return build_plan(geometry, kept, scores)
+    scores = score_units(runner, budget.geometry, config.importance, windows=windows, seed=seed)
+    return build_plan(budget.geometry, kept, scores)
 
 
 def versions() -> dict[str, str]:
@@ -155,19 +163,39 @@ def _check_lengths(job: PruneJob, geometry: Geometry) -> None:
             raise UsageError(f"{flag} {length} is longer than the model's {geometry.max_positions} positions")
 
 
-def _corpora(job: PruneJob) -> list[tuple[str, str]]:
-    wanted = [(job.prune.calibration_dataset, "train")]
+def _corpora(job: PruneJob) -> list[tuple[str, str, int]]:
+    wanted = [(job.prune.calibration_dataset, "train", job.prune.calibration_seq_len)]
     if job.measures:
-        wanted += [(name, "test") for name in job.evaluation.datasets]
+        wanted += [(name, "test", job.evaluation.seq_len) for name in job.evaluation.datasets]
     if job.finetune is not None:
-        wanted.append((job.finetune.dataset, "train"))
+        wanted.append((job.finetune.dataset, "train", job.finetune.seq_len))
     return wanted
 
 
-def _eval_windows(job: PruneJob, tokenizer: Any) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class JobWindows:
+    """The token windows of every stage, cut before the weights are read: a bad corpus shows early."""
+
+    layers: torch.Tensor
+    calibration: torch.Tensor
+    evaluation: dict[str, torch.Tensor]
+
+
+def cut_windows(job: PruneJob, tokenizer: Any) -> JobWindows:
+    """Calibration windows from the train split, evaluation windows from the test split."""
     from LLMPruner.evaluator.ppl import load_eval_windows
 
-    return load_eval_windows(tokenizer, job.evaluation, job.run.data_dir) if job.measures else {}
+    config, data_dir = job.prune, job.run.data_dir
+
+    def calibration(seq_len: int, samples: int) -> torch.Tensor:
+        corpus, seed = config.calibration_dataset, job.run.seed
+        return load_windows(tokenizer, corpus, "train", seq_len=seq_len, samples=samples, data_dir=data_dir, seed=seed)
+
+    return JobWindows(
+        layers=calibration(config.layer_importance_seq_len, config.layer_importance_samples),
+        calibration=calibration(config.calibration_seq_len, config.channel_importance_samples),
+        evaluation=load_eval_windows(tokenizer, job.evaluation, data_dir) if job.measures else {},
+    )
 
 
 def _measure(run: Run, loaded: LoadedModel, windows: dict[str, torch.Tensor], label: str) -> list[Perplexity]:
@@ -179,54 +207,17 @@ def _measure(run: Run, loaded: LoadedModel, windows: dict[str, torch.Tensor], la
     return results
 
 
-def _plan(
-    job: PruneJob, run: Run, loaded: LoadedModel, budget: Budget, importance: LayerImportance | None
-) -> tuple[PruningPlan, LayerImportance]:
-    from LLMPruner.forward import LayerRunner
-
-    config, runner = job.prune, LayerRunner(loaded.model)
-    if importance is None:
-        importance = _analyze(job, run, loaded, runner)
-    with run.stage("plan"):
-        windows = _calibration_windows(job, loaded)
-        geometry, scores = job.source.geometry, importance.scores
-        plan = make_plan(runner, geometry, budget, config, layer_scores=scores, windows=windows, seed=job.run.seed)
-    return plan, importance
-
-
-def _analyze(job: PruneJob, run: Run, loaded: LoadedModel, runner: LayerRunner) -> LayerImportance:
-    config = job.prune
+def _analyze(job: PruneJob, run: Run, runner: LayerRunner, windows: torch.Tensor) -> LayerImportance:
     with run.stage("layer importance"):
-        windows = load_windows(
-            loaded.tokenizer,
-            config.calibration_dataset,
-            "train",
-            seq_len=config.layer_importance_seq_len,
-            samples=config.layer_importance_samples,
-            data_dir=job.run.data_dir,
-            seed=job.run.seed,
-        )
         return analyze_layers(
             runner,
             windows,
-            config.layer_importance_method,
-            corpus=config.calibration_dataset,
+            job.prune.layer_importance_method,
+            corpus=job.prune.calibration_dataset,
             split="train",
             seed=job.run.seed,
             fingerprint=job.source.fingerprint(),
         )
-
-
-def _calibration_windows(job: PruneJob, loaded: LoadedModel) -> torch.Tensor:
-    return load_windows(
-        loaded.tokenizer,
-        job.prune.calibration_dataset,
-        "train",
-        seq_len=job.prune.calibration_seq_len,
-        samples=job.prune.channel_importance_samples,
-        data_dir=job.run.data_dir,
-        seed=job.run.seed,
-    )
 
 
 def _report_plan(run: Run, plan: PruningPlan, budget: Budget) -> None:
@@ -253,20 +244,18 @@ def _report_plan(run: Run, plan: PruningPlan, budget: Budget) -> None:
     run.metrics["parameters"] = {"original": geometry.dense_params, "pruned": plan.total_params}
 
 
-def _save_plan(run: Run, plan: PruningPlan, importance: LayerImportance) -> None:
+def _describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImportance) -> None:
+    """Write what is decided so far: settings, scores, plan, picture."""
     from LLMPruner.evaluator.report import plot_plan
 
+    run.describe({"base_model": job.source.path, **asdict(job.run), **asdict(job.prune)})
     importance.save(run.dir / "layer_importance_config.json")
     write_text(run.dir / "pruning_plan.json", plan.to_json() + "\n")
     plot_plan(run.dir / "pruning_strategy.png", plan, importance.scores)
 
 
-def _apply(job: PruneJob, run: Run, loaded: LoadedModel, plan: PruningPlan) -> None:
-    from LLMPruner.forward import LayerRunner
-    from LLMPruner.methods.apply import apply_plan
-
-    with run.stage(f"apply (repair {job.prune.repair})"):
-        apply_plan(LayerRunner(loaded.model), plan, repair=job.prune.repair, windows=_calibration_windows(job, loaded))
+def _record(job: PruneJob, run: Run, loaded: LoadedModel, plan: PruningPlan) -> None:
+    """Put the plan and its provenance beside the weights."""
     loaded.plan = plan
     loaded.provenance |= {
         "command": run.command,

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, UsageError):
             # the terminal gets one sentence; the log gets the whole story
             record = logger.makeRecord(logger.name, logging.ERROR, "", 0, "the run failed", (), (kind, error, trace))
             for handler in self._handlers:
@@ -75,6 +76,15 @@ class Run:
         for handler in self._handlers:
             logger.removeHandler(handler)
             handler.close()
+        if isinstance(error, UsageError):
+            self._remove()
+
+    def _remove(self) -> None:
+        """A wrong command leaves nothing behind: this run's folder goes, and its parents where they are empty."""
+        shutil.rmtree(self.timestamp_dir)
+        for folder in (self.dir, self.dir.parent):
+            with contextlib.suppress(OSError):  # not empty: an earlier run's
+                folder.rmdir()
 
     def _write_script(self) -> None:
         script = self.timestamp_dir / "train.sh"

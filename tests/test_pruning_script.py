@@ -173,9 +173,11 @@ def test_an_unwritable_place_is_refused(command, capsys):
 
 
 def test_a_corpus_shorter_than_a_window_is_refused(command, capsys, tmp_path):
-    Path("short.txt").write_text("too short\n")
-    assert command("--calibration_dataset=short.txt") == 2
-    assert "shorter than one window" in capsys.readouterr().err
+    for length in (10, 100):  # shorter in bytes, and shorter only in tokens
+        Path("short.txt").write_text("The cat chases the mouse quickly . " * (length // 5))
+        assert command("--calibration_dataset=short.txt", "--calibration_seq_len=250") == 2
+        assert "shorter than one window" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["short.txt"]
 
 
 def test_an_interrupt_exits_130_and_leaves_no_half_written_file(command, monkeypatch):

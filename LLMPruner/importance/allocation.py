@@ -39,6 +39,7 @@ class Sublayer:
 class Budget:
     """The parameters to remove, and the sublayers they may come from."""
 
+    geometry: Geometry
     base: int  # parameters the ratio refers to
     base_name: str  # model or selected
     target: int  # parameters to remove, at least
@@ -101,7 +102,7 @@ def make_budget(geometry: Geometry, config: PruneConfig) -> Budget:
     name = ("model" if whole else "selected") if config.ratio_base == "auto" else config.ratio_base
     base = geometry.dense_params if name == "model" else selected
     target = math.ceil(Fraction(str(config.pruning_ratio)) * base)
-    budget = Budget(base, name, target, tuple(sublayers))
+    budget = Budget(geometry, base, name, target, tuple(sublayers))
     _check_feasible(budget, budget.largest, config, "every sublayer keeps at least one KV group or rounding step")
     if config.freeze_top_n_layers >= len(layers):
         raise UsageError(f"--freeze_top_n_layers {config.freeze_top_n_layers} freezes all {len(layers)} selected layers")
