@@ -274,10 +274,10 @@ def _finetune(job: PruneJob, run: Run, loaded: LoadedModel) -> None:
 
 
 def _finish(job: PruneJob, run: Run, plan: PruningPlan, results: dict[str, list[Perplexity]]) -> None:
-    from LLMPruner.evaluator.report import comparison_table, table_rows
+    from LLMPruner.evaluator.report import comparison_table, tables_of
 
     run.metrics["ppl"] = {role: [result.as_dict() for result in measured] for role, measured in results.items()}
     run.save_metrics()
     if results:
         parameters = {role: plan.geometry.dense_params if role == "original" else plan.total_params for role in results}
-        logger.info("comparison\n%s", comparison_table(table_rows(results, parameters)))
+        logger.info("comparison\n%s", comparison_table(tables_of(results, parameters)))

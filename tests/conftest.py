@@ -21,13 +21,19 @@ def make_text(rows: int, seed: int) -> str:
     topics = [
         (("cat", "dog", "bird"), ("chases", "sees", "likes"), ("mouse", "ball", "tree"), ("quickly", "often", "again")),
         (("king", "queen", "judge"), ("rules", "builds", "leaves"), ("city", "castle", "court"), ("slowly", "wisely", "today")),
-        (("river", "storm", "wind"), ("floods", "shakes", "crosses"), ("valley", "bridge", "field"), ("loudly", "twice", "daily")),
+        (
+            ("river", "storm", "wind"),
+            ("floods", "shakes", "crosses"),
+            ("valley", "bridge", "field"),
+            ("loudly", "twice", "daily"),
+        ),
     ]
     lines = []
     for _ in range(rows):
         subjects, verbs, objects, adverbs = rng.choice(topics)
         sentences = [
-            f"The {rng.choice(subjects)} {rng.choice(verbs)} the {rng.choice(objects)} {rng.choice(adverbs)} ." for _ in range(6)
+            f"The {rng.choice(subjects)} {rng.choice(verbs)} the {rng.choice(objects)} {rng.choice(adverbs)} ."
+            for _ in range(6)
         ]
         lines.append(" ".join(sentences))
     return "\n".join(lines) + "\n"

@@ -42,7 +42,13 @@ def command(trained_dir, data_dir, tmp_path, monkeypatch):
 def test_a_run_leaves_what_the_document_promises(command):
     assert command("--prune_mlp", "--test_original_ppl", "--test_after_prune") == 0
     folder = Path("prune_log/exp")
-    for name in ("description.txt", "layer_importance_config.json", "pruning_plan.json", "pruning_strategy.png", "metrics.json"):
+    for name in (
+        "description.txt",
+        "layer_importance_config.json",
+        "pruning_plan.json",
+        "pruning_strategy.png",
+        "metrics.json",
+    ):
         assert (folder / name).stat().st_size > 0
     (stamp,) = [path for path in folder.iterdir() if path.is_dir()]
     log = (stamp / "training.log").read_text()
@@ -83,7 +89,9 @@ def test_scores_are_reused_for_another_ratio_and_refused_for_another_model(comma
     assert command("--prune_mlp", name="first", base=trained_dir) == 0
     scores = "--layer_importance_config=prune_log/first/layer_importance_config.json"
     assert command("--prune_mlp", "--pruning_ratio=0.3", "--skip_importance_analysis", scores, name="second") == 0
-    assert "layer importance" not in [s["stage"] for s in json.loads(Path("prune_log/second/metrics.json").read_text())["stages"]]
+    assert "layer importance" not in [
+        s["stage"] for s in json.loads(Path("prune_log/second/metrics.json").read_text())["stages"]
+    ]
     from conftest import tiny_model
 
     other = tmp_path / "other"
@@ -101,7 +109,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing_but_the_log(command, capsys)
     assert [path.name for path in files] == ["training.log"]
 
 
-@pytest.mark.parametrize("flag", ["--importance=magnitude", "--importance=random", "--repair=none", "--pruning_strategy=uniform"])
+@pytest.mark.parametrize(
+    "flag", ["--importance=magnitude", "--importance=random", "--repair=none", "--pruning_strategy=uniform"]
+)
 def test_every_choice_meets_the_budget(command, flag):
     assert command("--prune_mlp", "--no_save_model", flag) == 0
     plan = PruningPlan.from_json(Path("prune_log/exp/pruning_plan.json").read_text())
