@@ -6,9 +6,11 @@ Nothing here imports torch: `--help` and wrong arguments answer at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from LLMPruner.config import EvalConfig, FinetuneConfig, LoraConfig, PruneConfig, RunConfig
@@ -49,11 +51,10 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, not (option_string or "").startswith("--no_"))
 
 
-def run_script(recipe: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
-    """Call `recipe(arguments)` and turn how it ends into an exit code: 0, 1 failed, 2 wrong command, 130 interrupted."""
+def run_script(recipe: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+    """Call `recipe(arguments)` and turn how it ends into an exit code: its own, 1 failed, 2 wrong command, 130 interrupted."""
     try:
-        recipe(list(sys.argv[1:] if argv is None else argv))
-        return 0
+        return recipe(list(sys.argv[1:] if argv is None else argv)) or 0
     except KeyboardInterrupt:
         return _finish("interrupted", 130)
     except UsageError as error:
@@ -172,6 +173,13 @@ def add_training_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
     add("warmup_steps", int, "steps of linear warm-up (at most a tenth of all steps are used)")
     add("weight_decay", float, "AdamW weight decay")
     add("dataset", str, "corpus to train on (its train split), or a local text file")
+
+
+def check_output_file(path: str, flag: str) -> None:
+    """Raise UsageError unless a file can be written at `path`."""
+    place = Path(path)
+    if place.is_dir() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+        raise UsageError(f"{flag} {path} cannot be written: give a file in an existing, writable folder")
 
 
 def lora_config(args: argparse.Namespace) -> LoraConfig:

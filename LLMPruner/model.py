@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,6 +95,13 @@ def find_model(path: str | None, flag: str) -> ModelSource:
     raise UsageError(f"{flag} {path} does not exist")
 
 
+def check_seq_len(source: ModelSource, flag: str, seq_len: int) -> None:
+    """Raise UsageError when windows of `seq_len` tokens do not fit the model's positions."""
+    positions = source.geometry.max_positions
+    if seq_len > positions:
+        raise UsageError(f"{flag} {seq_len} is longer than the model's {positions} positions")
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The model's tokenizer alone, so that data can be checked before any weight is read."""
     from transformers import AutoTokenizer
@@ -134,6 +141,26 @@ def load_model(
     else:
         provenance = {"base_model": str(source.path), "dense_parameters": count}
     return LoadedModel(model, tokenizer or load_tokenizer(source), source.plan, provenance)
+
+
+def open_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named tensors of a dense model one by one, a tied head left out. Raises RunError when a file is unreadable."""
+    from safetensors import SafetensorError, safe_open
+
+    if source.kind == "gguf":
+        with _quiet_transformers():
+            yield from _untied(source, _load_gguf(source, resolve_dtype("float32", resolve_device("cpu"))).state_dict().items())
+        return
+    for path in _weight_files(source):
+        try:
+            with safe_open(path, framework="pt") as handle:
+                yield from _untied(source, ((name, handle.get_tensor(name)) for name in handle.keys()))  # noqa: SIM118
+        except SafetensorError as error:
+            raise RunError(f"{path} is damaged and cannot be read: {error}") from error
+
+
+def _untied(source: ModelSource, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    return (pair for pair in tensors if not (source.geometry.tied_embeddings and pair[0] == "lm_head.weight"))
 
 
 def build_empty(config: Any, plan: PruningPlan) -> LlamaForCausalLM:
@@ -197,6 +224,16 @@ def save_model(path: Path, loaded: LoadedModel) -> None:
         "__provenance__": json.dumps(loaded.provenance),
     }
     save_checkpoint(path, tensors, meta)
+
+
+def versions() -> dict[str, str]:
+    """The libraries a result depends on."""
+    import platform
+
+    import torch
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def checkpoint_bytes(params: int, dtype: str) -> int:

@@ -15,8 +15,16 @@ from LLMPruner.errors import UsageError
 from LLMPruner.importance.allocation import Budget, allocate, build_plan, make_budget
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
-from LLMPruner.model import ModelSource, checkpoint_bytes, load_model, load_tokenizer, save_model
-from LLMPruner.plan import Geometry, PruningPlan
+from LLMPruner.model import (
+    ModelSource,
+    check_seq_len,
+    checkpoint_bytes,
+    load_model,
+    load_tokenizer,
+    save_model,
+    versions,
+)
+from LLMPruner.plan import PruningPlan
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +70,7 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
     geometry, config = job.source.geometry, job.prune
     if not job.source.plan.is_dense:
         raise UsageError(f"{job.source.path} is pruned already: prune the dense model it came from with a larger ratio")
-    _check_lengths(job, geometry)
+    _check_lengths(job)
     for corpus, split, seq_len in _corpora(job):
         check_corpus(corpus, job.run.data_dir, split, seq_len)
     budget = make_budget(geometry, config)
@@ -139,17 +147,7 @@ def make_plan(
     return build_plan(budget.geometry, kept, scores)
 
 
-def versions() -> dict[str, str]:
-    """The libraries a result depends on."""
-    import platform
-
-    import torch
-    import transformers
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _check_lengths(job: PruneJob, geometry: Geometry) -> None:
+def _check_lengths(job: PruneJob) -> None:
     lengths = {
         "--calibration_seq_len": job.prune.calibration_seq_len,
         "--layer_importance_seq_len": job.prune.layer_importance_seq_len,
@@ -159,8 +157,7 @@ def _check_lengths(job: PruneJob, geometry: Geometry) -> None:
     if job.finetune is not None:
         lengths[job.finetune.prefix + "seq_len"] = job.finetune.seq_len
     for flag, length in lengths.items():
-        if length > geometry.max_positions:
-            raise UsageError(f"{flag} {length} is longer than the model's {geometry.max_positions} positions")
+        check_seq_len(job.source, flag, length)
 
 
 def _corpora(job: PruneJob) -> list[tuple[str, str, int]]:

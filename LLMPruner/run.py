@@ -73,9 +73,7 @@ class Run:
                 if isinstance(handler, logging.FileHandler):
                     handler.handle(record)
             error.add_note(f"the traceback is in {self.timestamp_dir / 'training.log'}")
-        for handler in self._handlers:
-            logger.removeHandler(handler)
-            handler.close()
+        stop_logging(self._handlers)
         if isinstance(error, UsageError):
             self._remove()
 
@@ -127,6 +125,13 @@ def start_logging(log_file: Path | None = None) -> list[logging.Handler]:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     return handlers
+
+
+def stop_logging(handlers: Sequence[logging.Handler]) -> None:
+    """Undo `start_logging`."""
+    for handler in handlers:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def read_json_file(path: Path, what: str) -> Any:

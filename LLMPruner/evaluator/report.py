@@ -1,24 +1,26 @@
-"""What a person reads at the end: the comparison table, the results file, and the picture of the plan. No torch."""
+"""What a person reads at the end: comparison table, results file, health report, picture of the plan. No torch."""
 
 from __future__ import annotations
 
 import math
+import os
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.checkpoint import write_atomically
 from LLMPruner.data import describe
+from LLMPruner.errors import UsageError
 from LLMPruner.plan import PruningPlan
 
 if TYPE_CHECKING:
+    from LLMPruner.evaluator.health import Health
     from LLMPruner.evaluator.ppl import Perplexity
 
 ROLES = ("original", "pruned", "finetuned")
-WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Labels:
     roles: Mapping[str, str]
     baseline: str
     versus: Mapping[str, str]
+    change: int  # columns of the last cell
+    rule: int  # length of the lines drawn; the document's are shorter than its rows
 
 
 LANGUAGES = {
@@ -51,14 +55,18 @@ LANGUAGES = {
         roles={"original": "原始模型", "pruned": "剪枝后模型", "finetuned": "微调后模型"},
         baseline="基准",
         versus={"original": "vs原始", "pruned": "vs剪枝"},
+        change=15,
+        rule=80,
     ),
     "en": Labels(
         title="PPL comparison",
         corpus="Corpus",
-        header="Model                           |             PPL |           Parameters |          Change",
+        header="Model                           |             PPL |           Parameters |                Change",
         roles={"original": "Original", "pruned": "Pruned", "finetuned": "Fine-tuned"},
         baseline="baseline",
         versus={"original": "vs original", "pruned": "vs pruned"},
+        change=21,
+        rule=96,
     ),
 }
 
@@ -70,15 +78,16 @@ def comparison_table(tables: Mapping[str, Sequence[Row]], lang: str = "zh") -> s
     there is one.
     """
     labels = LANGUAGES[lang]
-    lines = ["=" * WIDTH, labels.title, "=" * WIDTH]
+    double, single = "=" * labels.rule, "-" * labels.rule
+    lines = [double, labels.title, double]
     for corpus, rows in tables.items():
-        lines += ["", f"{labels.corpus}: {describe(corpus)}", "-" * WIDTH, labels.header, "-" * WIDTH]
+        lines += ["", f"{labels.corpus}: {describe(corpus)}", single, labels.header, single]
         by_role = {row.role: row for row in rows}
         for row in rows:
             name = _pad(labels.roles[row.role], 32)
-            change = _align(_change(row, by_role, labels), 15)
+            change = _align(_change(row, by_role, labels), labels.change)
             lines.append(f"{name}| {row.ppl:>15.2f} | {row.parameters:>20,} | {change}")
-        lines.append("=" * WIDTH)
+        lines.append(double)
     return "\n".join(lines)
 
 
@@ -108,6 +117,50 @@ def results_json(
         if role in results
     }
     return {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment, "models": models}
+
+
+def check_output_file(path: Path, flag: str) -> None:
+    """Raise UsageError unless a file can be written (or replaced) at `path`; nothing is created."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{flag} {path} is not a file: give a file name")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {path}: the folder {path.parent} cannot be written")
+
+
+def health_text(health: Health) -> str:
+    """The report a person reads: the verdict, the sizes, a row a layer, the forward test, the findings."""
+    errors = health.errors
+    verdict = f"HEALTHY: {health.path}"
+    if errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        verdict = f"UNHEALTHY: {errors[0].where}: {errors[0].message}{more}"
+    lines = [verdict, "", f"model       {health.path}"]
+    if health.layers:
+        lines += _layer_lines(health)
+    if health.forward is not None:
+        forward = health.forward
+        lines += ["", f"forward     loss {forward.loss:.3f}, guessing at random has {forward.random_loss:.3f}"]
+        lines += [f"generated   {forward.text!r}"]
+    lines += ["", "findings" if health.findings else "findings    none"]
+    lines += [f"  {finding.severity:<8} {finding.where}: {finding.message}" for finding in health.findings]
+    return "\n".join(lines)
+
+
+def health_json(health: Health) -> dict[str, Any]:
+    """The same report as plain values; numbers that are not finite become None, which JSON can say."""
+    plan, forward = health.plan, health.forward
+    return {
+        "path": health.path,
+        "healthy": health.healthy,
+        "parameters": health.parameters,
+        "dense_parameters": None if plan is None else plan.geometry.dense_params,
+        "q_per_kv": None if plan is None else plan.geometry.q_per_kv,
+        "layers": [_finite(asdict(layer)) for layer in health.layers],
+        "findings": [asdict(finding) for finding in health.findings],
+        "forward": None if forward is None else _finite(asdict(forward)),
+    }
 
 
 def plot_plan(path: Path, plan: PruningPlan, scores: Sequence[float] | None) -> None:
@@ -154,7 +207,8 @@ def _change(row: Row, rows: Mapping[str, Row], labels: Labels) -> str:
         return labels.baseline
     if not (math.isfinite(row.ppl) and math.isfinite(rows[reference].ppl)):
         return "-"
-    number = f"{(row.ppl / rows[reference].ppl - 1) * 100:+.1f}%"
+    percent = round((row.ppl / rows[reference].ppl - 1) * 100, 1) + 0.0  # adding zero turns -0.0 into 0.0
+    number = f"{percent:+.1f}%"
     return number if row.role == "pruned" else f"{number:>7} ({labels.versus[reference]})"
 
 
@@ -174,3 +228,22 @@ def _pad(text: str, width: int) -> str:
 
 def _align(text: str, width: int) -> str:
     return " " * (width - _width(text)) + text
+
+
+def _layer_lines(health: Health) -> list[str]:
+    geometry = health.plan.geometry
+    share = health.parameters / geometry.dense_params
+    lines = [
+        f"parameters  {health.parameters:,} of the dense {geometry.dense_params:,} ({share:.1%})",
+        "",
+        f"{'layer':>5}  {'KV groups':>9}  {'Q heads':>7}  {'Q:KV':>6}  {'channels':>13}  {'kept':>6}",
+    ]
+    for row in health.layers:
+        groups, channels = f"{row.kv_groups:g}/{geometry.num_kv_heads}", f"{row.channels}/{geometry.intermediate_size}"
+        ratio = f"{row.ratio:.3g}:1"
+        lines.append(f"{row.layer:>5}  {groups:>9}  {row.q_heads:>7g}  {ratio:>6}  {channels:>13}  {row.kept:>6.1%}")
+    return lines
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
