@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from LLMPruner import cli
-from LLMPruner.checkpoint import write_text
+from LLMPruner.checkpoint import write_json, write_text
+from LLMPruner.errors import UsageError
 from LLMPruner.model import find_model
+
+if TYPE_CHECKING:
+    from LLMPruner.evaluator.health import Diagnosis
+
+WEIGHT_FILES = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,25 +29,40 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def diagnose(args: argparse.Namespace) -> Diagnosis:
+    """Find and examine the model. Raises UsageError where there is none: a file that is there and damaged is a diagnosis."""
+    try:
+        source = find_model(args.model_path, "--model_path")
+    except UsageError as error:
+        place = Path(args.model_path).expanduser()
+        if not place.is_file() or place.suffix not in WEIGHT_FILES:
+            raise
+        from LLMPruner.evaluator.health import unreadable
+
+        return unreadable(args.model_path, error)
+    from LLMPruner.evaluator.health import diagnose_weights, with_forward
+
+    diagnosis = diagnose_weights(source)
+    return with_forward(diagnosis, source, dtype=args.dtype, device=args.device) if args.test_forward else diagnosis
+
+
 def recipe(argv: Sequence[str]) -> int:
     """Parse, check, diagnose; returns 0 for a healthy model, 1 for an unhealthy one."""
     args = build_parser().parse_args(argv)
     if args.save_report is not None:
         cli.check_output_file(args.save_report, "--save_report")
-    source = find_model(args.model_path, "--model_path")
+    diagnosis = diagnose(args)
 
-    from LLMPruner.evaluator.health import diagnose_forward, diagnose_weights, report_text
-    from LLMPruner.model import load_model
+    from LLMPruner.evaluator.health import report_text
 
-    diagnosis = diagnose_weights(source)
-    if args.test_forward and diagnosis.healthy:  # broken weights say enough, and may not even load
-        loaded = load_model(source, dtype=args.dtype, device=args.device)
-        diagnosis = replace(diagnosis, findings=(*diagnosis.findings, *diagnose_forward(loaded)))
     report = report_text(diagnosis)
     print(report, end="")
     if args.save_report is not None:
-        as_json = Path(args.save_report).suffix == ".json"
-        write_text(Path(args.save_report), json.dumps(diagnosis.as_dict(), indent=2) + "\n" if as_json else report)
+        path = Path(args.save_report)
+        if path.suffix == ".json":
+            write_json(path, diagnosis.as_dict())
+        else:
+            write_text(path, report)
     return 0 if diagnosis.healthy else 1
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from LLMPruner import cli
+from LLMPruner import __version__, cli
 from LLMPruner.checkpoint import write_json
-from LLMPruner.config import EvalConfig, RunConfig
+from LLMPruner.config import EvalConfig, RunConfig, require_at_least
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.report import LANGUAGES, ROLES, comparison_table, results_json, tables_of
 from LLMPruner.model import ModelSource, check_seq_len, find_model
 from LLMPruner.run import start_logging, stop_logging
+
+if TYPE_CHECKING:
+    import torch
+
+    from LLMPruner.evaluator.ppl import Perplexity
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 def recipe(argv: Sequence[str]) -> None:
     """Parse, check, measure, print."""
     args = build_parser().parse_args(argv)
+    require_at_least("--seq_len", args.seq_len, 2)  # EvalConfig would call it --eval_seq_len
     evaluation, settings = cli.eval_config(args, args.seq_len), cli.run_config(args)
     paths = {role: getattr(args, f"{role}_model") for role in ROLES if getattr(args, f"{role}_model") is not None}
     if not paths:
@@ -54,35 +62,62 @@ def recipe(argv: Sequence[str]) -> None:
 
 
 def compare(
-    sources: dict[str, ModelSource], evaluation: EvalConfig, settings: RunConfig, save_results: str | None, lang: str
+    sources: Mapping[str, ModelSource], evaluation: EvalConfig, settings: RunConfig, save_results: str | None, lang: str
 ) -> None:
     """Measure one model after the other over the same windows; print the table and write the JSON."""
-    from LLMPruner.evaluator.ppl import load_eval_windows, measure
-    from LLMPruner.model import load_model, load_tokenizer, resolve_device, resolve_dtype, versions
+    from LLMPruner.model import resolve_device, resolve_dtype, versions
 
-    results, parameters, windows = {}, {}, None
-    for role, source in sources.items():
-        tokenizer = load_tokenizer(source)
-        mine = load_eval_windows(tokenizer, evaluation, settings.data_dir)
-        if windows is not None and any(not mine[name].equal(windows[name]) for name in mine):
-            raise UsageError(f"the tokenizer of {source.path} differs from the first model's: their PPL cannot be compared")
-        windows = mine
-        loaded = load_model(source, dtype=settings.dtype, device=settings.device, tokenizer=tokenizer)
-        results[role] = measure(loaded.model, windows, role)
-        parameters[role] = source.plan.total_params
-        del loaded  # one model in memory at a time
+    device = resolve_device(settings.device)
+    windows = shared_windows(sources, evaluation, settings.data_dir)
+    results = {role: measure_model(source, windows, role, settings) for role, source in sources.items()}
+    parameters = {role: source.plan.total_params for role, source in sources.items()}
     print(comparison_table(tables_of(results, parameters), lang))
     if save_results is not None:
-        device = resolve_device(settings.device)
         environment = {
             "seq_len": evaluation.seq_len,
             "samples": evaluation.samples,
+            "windows": {name: len(rows) for name, rows in windows.items()},
             "device": str(device),
             "dtype": str(resolve_dtype(settings.dtype, device)).removeprefix("torch."),
-            "versions": versions(),
+            "versions": {"LLMPruner": __version__, **versions()},
         }
         paths = {role: os.fspath(source.path) for role, source in sources.items()}
         write_json(Path(save_results), results_json(results, parameters, paths, **environment))
+
+
+def shared_windows(sources: Mapping[str, ModelSource], evaluation: EvalConfig, data_dir: str | None) -> dict[str, torch.Tensor]:
+    """Windows `(n, seq_len)` of every corpus, cut with the first model's tokenizer before any weight is read.
+
+    Raises UsageError when another model reads the text as other tokens: its PPL per token is then another quantity.
+    """
+    from LLMPruner.data import token_ids
+    from LLMPruner.evaluator.ppl import load_eval_windows
+    from LLMPruner.model import load_tokenizer
+
+    tokenizers = {role: load_tokenizer(source) for role, source in sources.items()}
+    first, tokenizer = next(iter(tokenizers.items()))
+    windows = load_eval_windows(tokenizer, evaluation, data_dir)
+    highest = max(int(rows.max()) for rows in windows.values())
+    for role, other in tokenizers.items():
+        if len(other) != len(tokenizer) or any(
+            not token_ids(other, name, "test", data_dir).equal(token_ids(tokenizer, name, "test", data_dir)) for name in windows
+        ):
+            raise UsageError(f"the tokenizers of --{first}_model and --{role}_model differ: their PPL cannot be compared")
+        if highest >= sources[role].geometry.vocab_size:
+            raise UsageError(f"--{role}_model embeds {sources[role].geometry.vocab_size} tokens, the text has id {highest}")
+    return windows
+
+
+def measure_model(source: ModelSource, windows: dict[str, torch.Tensor], role: str, settings: RunConfig) -> list[Perplexity]:
+    """PPL of one model on every corpus; the model is gone from memory afterwards."""
+    from LLMPruner.evaluator.ppl import measure
+    from LLMPruner.model import load_model
+
+    loaded = load_model(source, dtype=settings.dtype, device=settings.device)
+    results = measure(loaded.model, windows, role)
+    del loaded
+    gc.collect()  # a model may refer to itself: without this, two could be in memory at once
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> int:

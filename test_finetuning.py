@@ -5,14 +5,33 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from LLMPruner import cli
 from LLMPruner.checkpoint import require_free_space
 from LLMPruner.config import EvalConfig, FinetuneConfig, RunConfig
 from LLMPruner.data import check_corpus
+from LLMPruner.errors import UsageError
 from LLMPruner.model import ModelSource, check_seq_len, checkpoint_bytes, find_model
-from LLMPruner.run import Run, check_experiment
+from LLMPruner.run import Run, check_experiment, logger
+
+if TYPE_CHECKING:
+    from LLMPruner.evaluator.ppl import Perplexity
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything one fine-tuning run was asked for."""
+
+    source: ModelSource
+    training: FinetuneConfig
+    evaluation: EvalConfig
+    run: RunConfig
+    test_before: bool
+    test_after: bool
+    save: bool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,48 +50,76 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_job(args: argparse.Namespace) -> Job:
+    """Check the flags and inspect the model; no weights are read."""
+    return Job(
+        training=cli.finetune_config(args, "", "lora" if args.use_lora else "full"),
+        evaluation=cli.eval_config(args, args.seq_len),
+        run=cli.run_config(args),
+        test_before=args.test_before,
+        test_after=args.test_after,
+        save=args.save_model,
+        source=find_model(args.model_path, "--model_path"),
+    )
+
+
+def preflight(job: Job, folder: Path) -> None:
+    """All checks that need no weights. Raises UsageError, with nothing changed on disk."""
+    seq_len, data_dir = job.training.seq_len, job.run.data_dir
+    check_seq_len(job.source, "--seq_len", seq_len)
+    check_corpus(job.training.dataset, data_dir, "train", seq_len)
+    if job.test_before or job.test_after:
+        for name in job.evaluation.datasets:
+            check_corpus(name, data_dir, "test", seq_len)
+    if job.save:
+        output = folder / "pytorch_model_finetuned.bin"
+        if output.exists() and output.samefile(job.source.path):
+            raise UsageError(f"--save_name {folder.name} would overwrite the input {job.source.path}: choose another name")
+        require_free_space(folder, checkpoint_bytes(job.source.plan.total_params, job.run.dtype), "the checkpoint")
+
+
+def train(job: Job, run: Run) -> None:
+    """Load, measure, train, save, measure again."""
+    from LLMPruner.evaluator.ppl import load_eval_windows
+    from LLMPruner.model import load_model, load_tokenizer
+    from LLMPruner.trainer.finetuner import train_and_save, training_windows
+
+    seed, data_dir = job.run.seed, job.run.data_dir
+    with run.stage("load"):
+        tokenizer = load_tokenizer(job.source)
+        windows = training_windows(tokenizer, job.training, data_dir, seed)
+        tested = load_eval_windows(tokenizer, job.evaluation, data_dir) if job.test_before or job.test_after else {}
+        loaded = load_model(job.source, dtype=job.run.dtype, device=job.run.device, tokenizer=tokenizer)
+    run.describe({"model_path": job.source.path, **asdict(job.run), **asdict(job.training)})
+    results: dict[str, list[Perplexity]] = {}
+    if job.test_before:
+        results["before"] = evaluate(run, loaded.model, tested, "before fine-tuning")
+    run.metrics["training"] = train_and_save(loaded, job.training, windows, run, seed=seed, save=job.save, base=job.source.path)
+    if job.test_after:
+        results["after"] = evaluate(run, loaded.model, tested, "after fine-tuning")
+    run.metrics["ppl"] = {when: [result.as_dict() for result in measured] for when, measured in results.items()}
+    # An experiment that was pruned under the same name keeps the metrics of its pruning.
+    run.save_metrics("metrics_finetune.json" if (run.dir / "pytorch_model.bin").exists() else "metrics.json")
+    for before, after in zip(results.get("before", ()), results.get("after", ()), strict=False):
+        logger.info("PPL %s %s: %.4f -> %.4f", before.corpus, before.split, before.ppl, after.ppl)
+
+
+def evaluate(run: Run, model, windows: dict, label: str) -> list[Perplexity]:
+    """PPL on every corpus, as a stage of the run."""
+    from LLMPruner.evaluator.ppl import measure
+
+    with run.stage("evaluate"):
+        return measure(model, windows, label)
+
+
 def recipe(argv: Sequence[str]) -> None:
     """Parse, check, run."""
     args = build_parser().parse_args(argv)
-    config = cli.finetune_config(args, "", "lora" if args.use_lora else "full")
-    evaluation = cli.eval_config(args, args.seq_len)
-    settings = cli.run_config(args)
     folder = check_experiment(args.save_name, "--save_name")
-    source = find_model(args.model_path, "--model_path")
-    check_seq_len(source, "--seq_len", config.seq_len)
-    check_corpus(config.dataset, settings.data_dir, "train", config.seq_len)
-    if args.test_before or args.test_after:
-        for name in evaluation.datasets:
-            check_corpus(name, settings.data_dir, "test", config.seq_len)
-    if args.save_model:
-        require_free_space(folder, checkpoint_bytes(source.plan.total_params, settings.dtype), "the checkpoint")
-    with Run(folder, __file__, argv, seed=settings.seed) as run:
-        train(run, source, config, evaluation, settings, args)
-
-
-def train(
-    run: Run, source: ModelSource, config: FinetuneConfig, evaluation: EvalConfig, settings: RunConfig, args: argparse.Namespace
-) -> None:
-    """Load, measure, train, save, measure again."""
-    from LLMPruner.evaluator.ppl import load_eval_windows, measure
-    from LLMPruner.model import load_model, load_tokenizer
-    from LLMPruner.trainer.finetuner import recover
-
-    measured = {}
-    with run.stage("load"):
-        tokenizer = load_tokenizer(source)
-        windows = load_eval_windows(tokenizer, evaluation, settings.data_dir) if args.test_before or args.test_after else {}
-        loaded = load_model(source, dtype=settings.dtype, device=settings.device, tokenizer=tokenizer)
-    run.describe({"model_path": source.path, **asdict(settings), **asdict(config)})
-    if args.test_before:
-        with run.stage("evaluate before"):
-            measured["before"] = measure(loaded.model, windows, "before fine-tuning")
-    run.metrics["training"] = recover(loaded, config, run, data_dir=settings.data_dir, seed=settings.seed, save=args.save_model)
-    if args.test_after:
-        with run.stage("evaluate after"):
-            measured["after"] = measure(loaded.model, windows, "after fine-tuning")
-    run.metrics["ppl"] = {label: [result.as_dict() for result in results] for label, results in measured.items()}
-    run.save_metrics("metrics_finetune.json")
+    job = build_job(args)
+    preflight(job, folder)
+    with Run(folder, __file__, argv, seed=job.run.seed) as run:
+        train(job, run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -95,9 +95,9 @@ def read_meta(path: Path) -> dict[str, str]:
         raise UsageError(_why_not_a_zip(path)) from error
     meta, foreign = _scan_pickle(pickled, path)
     if meta.get("__format__") is None:
-        reason = f"it pickles Python objects ({foreign[0]})" if foreign else f"it has no {FORMAT} header"
+        reason = f"it pickles {foreign[0]}, and such objects are never unpickled here" if foreign else f"no {FORMAT} header"
         raise UsageError(
-            f"{path} is a checkpoint of another tool: {reason}, which are never unpickled here; "
+            f"{path} is a checkpoint of another tool ({reason}): "
             "pass the dense Hugging Face directory, or a .bin that these scripts wrote"
         )
     if foreign:
@@ -139,21 +139,26 @@ def _scan_pickle(pickled: bytes, path: Path) -> tuple[dict[str, str], list[str]]
     foreign: list[str] = []
     key: str | None = None
     strings: list[str] = []
+    memo: dict[int, str | None] = {}  # a string that occurs twice is pickled once and fetched by number
+    last: str | None = None
     try:
         for opcode, argument, _ in pickletools.genops(pickled):
             if opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                memo[len(memo) if argument is None else argument] = last
                 continue
+            fetched = memo.get(argument) if opcode.name in ("BINGET", "LONG_BINGET") else None
+            last = argument if "UNICODE" in opcode.name else fetched
             if opcode.name == "GLOBAL" and not _is_tensor_global(argument):
                 foreign.append(argument.replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL" and not _is_tensor_global(" ".join(strings[-2:])):
                 foreign.append(".".join(strings[-2:]))
             elif opcode.name == "INST":
                 foreign.append(argument.replace(" ", "."))
-            if isinstance(argument, str) and "UNICODE" in opcode.name:
-                strings.append(argument)
+            if last is not None:
+                strings.append(last)
                 if key is not None:
-                    meta.setdefault(key, argument)
-                key = argument if key is None and argument in META_KEYS else None
+                    meta.setdefault(key, last)
+                key = last if key is None and last in META_KEYS else None
             else:
                 key = None
     except ValueError as error:

@@ -87,7 +87,7 @@ def load_text(name: str, split: str, data_dir: str | None = None) -> str:
         rows = _news_rows(split)
     else:
         rows = _hub_rows(name, split)
-    rows = [row.strip("\n") for row in rows if row.strip()]
+    rows = [row.strip("\n") for row in rows if row and row.strip()]  # a table's missing rows are None
     if not rows:
         raise UsageError(f"corpus {name}, split {split}, is empty")
     return "\n\n".join(rows)
@@ -151,7 +151,10 @@ def _local_file(name: str, data_dir: str | None, split: str) -> Path | None:
 
 def _read_file(path: Path, column: str) -> list[str]:
     if path.suffix == ".txt":
-        return path.read_text(encoding="utf-8").split("\n")
+        try:
+            return path.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is not a readable .txt file: it is not UTF-8 ({error.reason})") from error
     import datasets
 
     kind = "parquet" if path.suffix == ".parquet" else "json"

@@ -10,9 +10,21 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
+
 torch.set_num_threads(2)
 
 VOCAB = 300
+
+# Changes to `tiny_config`: the kinds of Llama that every step of pruning must treat alike.
+ARCHITECTURES = {
+    "gqa 4:1": {},
+    "gqa 3:1": {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3},
+    "mha": {"num_key_value_heads": 8},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+}
+each_architecture = pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
 
 def make_text(rows: int, seed: int) -> str:
@@ -66,6 +78,30 @@ def tiny_model(seed: int = 0, **changes) -> LlamaForCausalLM:
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def geometry_of(model: LlamaForCausalLM) -> Geometry:
+    """The sizes that the model's own config states."""
+    return Geometry.from_config(model.config.to_dict())
+
+
+def random_plan(geometry: Geometry, seed: int = 0) -> PruningPlan:
+    """Random kept units; the first layer stays whole and the last keeps one KV group and one channel."""
+    rng = random.Random(seed)
+
+    def some(size: int) -> tuple[int, ...]:
+        return tuple(sorted(rng.sample(range(size), rng.randint(1, size))))
+
+    plan = PruningPlan.dense(geometry)
+    for index in range(1, geometry.num_layers):
+        plan = plan.with_layer(index, LayerPlan(some(geometry.num_kv_heads), some(geometry.intermediate_size)))
+    last = LayerPlan((rng.randrange(geometry.num_kv_heads),), (rng.randrange(geometry.intermediate_size),))
+    return plan.with_layer(geometry.num_layers - 1, last)
+
+
+def random_windows(count: int = 5, seq_len: int = 12, seed: int = 0) -> torch.Tensor:
+    """Random token windows `(count, seq_len)`."""
+    return torch.randint(VOCAB, (count, seq_len), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="session")

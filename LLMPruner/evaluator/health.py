@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from LLMPruner.checkpoint import load_checkpoint
+from LLMPruner.errors import RunError
 from LLMPruner.forward import LayerRunner
-from LLMPruner.model import ModelSource, open_tensors
-from LLMPruner.plan import PruningPlan
+from LLMPruner.model import ModelSource, load_model, open_tensors, resolve_device
+from LLMPruner.plan import Geometry, PruningPlan
 
 if TYPE_CHECKING:
     from LLMPruner.model import LoadedModel
@@ -46,11 +48,11 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was found out about one model."""
+    """All that was found out about one model; `plan` is None where its file could not be read at all."""
 
     path: str
     parameters: int
-    plan: PruningPlan
+    plan: PruningPlan | None
     layers: tuple[LayerShape, ...]
     findings: tuple[Finding, ...]
 
@@ -65,31 +67,56 @@ class Diagnosis:
             "path": self.path,
             "healthy": self.healthy,
             "parameters": self.parameters,
-            "dense_parameters": self.plan.geometry.dense_params,
+            "dense_parameters": None if self.plan is None else self.plan.geometry.dense_params,
             "layers": [asdict(layer) for layer in self.layers],
             "findings": [asdict(finding) for finding in self.findings],
         }
 
 
+def unreadable(path: str, error: Exception) -> Diagnosis:
+    """The diagnosis of a file that cannot be opened as a model."""
+    return Diagnosis(path, 0, None, (), (Finding("error", "file", str(error)),))
+
+
 def diagnose_weights(source: ModelSource) -> Diagnosis:
-    """Check every tensor of a model, one at a time, without building the model. Raises RunError if it cannot be read."""
-    shapes, findings, recorded = {}, [], None
-    if source.kind == "bin":
-        tensors, meta = load_checkpoint(source.path)
-        recorded = json.loads(meta["__provenance__"]).get("parameters")
-        stream: Iterator[tuple[str, torch.Tensor]] = iter(tensors.items())
-    else:
-        stream = open_tensors(source)
-    for name, tensor in stream:
-        shapes[name] = tuple(tensor.shape)
-        findings += tensor_findings(name, tensor)
-    findings += shape_findings(shapes, source.plan)
-    count = sum(math.prod(shape) for shape in shapes.values())
-    expected = source.plan.total_params
-    for label, number in (("plan", expected), ("record", recorded)):
-        if number is not None and number != count:
-            findings.append(Finding("error", "model", f"{count:,} parameters, the {label} says {number:,}"))
+    """Check every tensor of a model, one at a time, without building the model. A damaged file is a finding too."""
+    shapes, findings = {}, []
+    try:
+        for name, tensor in _bin_tensors(source) if source.kind == "bin" else open_tensors(source):
+            shapes[name] = tuple(tensor.shape)
+            findings += tensor_findings(name, tensor)
+    except RunError as error:
+        return unreadable(str(source.path), error)
+    expected = expected_shapes(source.plan)
+    # transformers passes over tensors that are not a Llama's (old rotary tables); the loader of our .bin does not
+    findings += shape_findings(shapes, source.plan, extra="error" if source.kind == "bin" else "warning")
+    count = sum(math.prod(shape) for name, shape in shapes.items() if name in expected)
+    findings += _count_findings(count, source)
     return Diagnosis(str(source.path), count, source.plan, layer_shapes(shapes, source.plan), tuple(findings))
+
+
+def _bin_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    with zipfile.ZipFile(source.path) as archive:
+        damaged = archive.testzip()  # torch maps the file and never looks at the checksums
+    if damaged is not None:
+        raise RunError(f"{source.path} is damaged: {damaged} fails its checksum, copy or save it again")
+    for name, value in load_checkpoint(source.path)[0].items():
+        if not isinstance(value, torch.Tensor):
+            raise RunError(f"{source.path} is damaged: {name} is no tensor")
+        yield name, value
+
+
+def _count_findings(count: int, source: ModelSource) -> list[Finding]:
+    """The parameter count against the plan, and against the record of the run that wrote the model."""
+    findings, wanted = [], {"plan": source.plan.total_params}
+    try:
+        wanted["record"] = json.loads(source.meta.get("__provenance__", "{}")).get("parameters", count)
+    except (ValueError, AttributeError):
+        findings.append(Finding("error", "record", "the provenance record is not readable"))
+    for label, number in wanted.items():
+        if number != count:
+            findings.append(Finding("error", "model", f"{count:,} parameters, the {label} says {number:,}"))
+    return findings
 
 
 def tensor_findings(name: str, tensor: torch.Tensor) -> list[Finding]:
@@ -108,15 +135,15 @@ def tensor_findings(name: str, tensor: torch.Tensor) -> list[Finding]:
     return findings
 
 
-def shape_findings(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> list[Finding]:
-    """Tensors that are missing, extra, or not of the plan's shape; and layers whose Q:KV ratio is broken."""
+def shape_findings(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan, *, extra: str = "warning") -> list[Finding]:
+    """Tensors that are missing, extra (of severity `extra`), or not of the plan's shape; and layers of broken Q:KV ratio."""
     expected = expected_shapes(plan)
     findings = []
     for name in sorted(expected.keys() | shapes.keys()):
         if name not in shapes:
             findings.append(Finding("error", name, "is missing"))
         elif name not in expected:
-            findings.append(Finding("warning", name, "is not part of a Llama"))
+            findings.append(Finding(extra, name, "is not part of a Llama"))
         elif shapes[name] != expected[name]:
             findings.append(Finding("error", name, f"has shape {shapes[name]}, the plan says {expected[name]}"))
     for index, layer in enumerate(layer_shapes(shapes, plan)):
@@ -165,6 +192,19 @@ def layer_shapes(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> tu
     )
 
 
+def with_forward(diagnosis: Diagnosis, source: ModelSource, *, dtype: str = "auto", device: str = "auto") -> Diagnosis:
+    """The diagnosis with the forward test added; where the weights are broken it is not run: they may not even load."""
+    if not diagnosis.healthy:
+        found = [Finding("info", "forward", "not run, because the weights are broken")]
+    else:
+        resolve_device(device)  # a device this machine lacks is a wrong command, not an illness
+        try:
+            found = diagnose_forward(load_model(source, dtype=dtype, device=device))
+        except Exception as error:  # whatever breaks while a model loads and runs is what a diagnosis is for
+            found = [Finding("error", "forward", f"{type(error).__name__}: {error}")]
+    return replace(diagnosis, findings=(*diagnosis.findings, *found))
+
+
 @torch.no_grad()
 def diagnose_forward(loaded: LoadedModel) -> list[Finding]:
     """Run the model on a short text: finite, better than guessing, and the same with the KV cache as without."""
@@ -189,27 +229,29 @@ def diagnose_forward(loaded: LoadedModel) -> list[Finding]:
 
 
 def report_text(diagnosis: Diagnosis) -> str:
-    """The report a person reads."""
-    plan, geometry = diagnosis.plan, diagnosis.plan.geometry
+    """The report a person reads: the verdict, the sizes of every layer, the findings."""
     errors = [finding for finding in diagnosis.findings if finding.severity == "error"]
-    verdict = "HEALTHY" if diagnosis.healthy else f"UNHEALTHY: {errors[0].where}: {errors[0].message}"
+    verdict = f"UNHEALTHY: {errors[0].where}: {errors[0].message}" if errors else "HEALTHY"
+    if len(errors) > 1:
+        verdict += f" (and {len(errors) - 1} more)"
+    lines = [verdict, f"model: {diagnosis.path}"]
+    if diagnosis.plan is not None:
+        lines += _layer_lines(diagnosis, diagnosis.plan.geometry)
+    lines += ["", "findings:"] + [f"  {f.severity:7s} {f.where}: {f.message}" for f in diagnosis.findings]
+    return "\n".join(lines if diagnosis.findings else [*lines, "  none"]) + "\n"
+
+
+def _layer_lines(diagnosis: Diagnosis, geometry: Geometry) -> list[str]:
     kept = diagnosis.parameters / geometry.dense_params
-    lines = [
-        verdict,
-        f"model: {diagnosis.path}",
-        f"parameters: {diagnosis.parameters:,} ({kept:.1%} of {geometry.dense_params:,})",
-    ]
-    lines += ["", "layer  KV groups  query heads  Q:KV  channels        kept"]
+    lines = [f"parameters: {diagnosis.parameters:,} ({kept:.1%} of {geometry.dense_params:,})", ""]
+    lines.append(f"{'layer':>5}  {'KV groups':>9}  {'query heads':>11}  {'Q:KV':>6}  {'channels':>14}  {'kept':>6}")
     for index, layer in enumerate(diagnosis.layers):
         params = layer.kv_heads * geometry.group_params + layer.channels * geometry.channel_params
         share = params / (geometry.attention_params + geometry.mlp_params)
-        ratio = f"{layer.query_heads / layer.kv_heads:g}:1" if layer.kv_heads else "-"
-        lines.append(
-            f"{index:5d}  {layer.kv_heads:g} of {geometry.num_kv_heads:<4d}  {layer.query_heads:11g}  {ratio:>4}  "
-            f"{layer.channels:5d} of {geometry.intermediate_size:<6d} {share:5.1%}"
-        )
-    lines += ["", "findings:"] + [f"  {f.severity:7s} {f.where}: {f.message}" for f in diagnosis.findings]
-    return "\n".join(lines if diagnosis.findings else [*lines, "  none"]) + "\n"
+        ratio = f"{layer.query_heads / layer.kv_heads:.3g}:1" if layer.kv_heads else "-"
+        groups, channels = f"{layer.kv_heads:g} of {geometry.num_kv_heads}", f"{layer.channels} of {geometry.intermediate_size}"
+        lines.append(f"{index:>5}  {groups:>9}  {layer.query_heads:>11g}  {ratio:>6}  {channels:>14}  {share:>6.1%}")
+    return lines
 
 
 def _generate(model: torch.nn.Module, prompt: torch.Tensor, *, use_cache: bool) -> torch.Tensor:

@@ -1,23 +1,20 @@
-"""What a person reads at the end: comparison table, results file, health report, picture of the plan. No torch."""
+"""What a person reads at the end: the comparison table, the results file, and the picture of the plan. No torch."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.checkpoint import write_atomically
 from LLMPruner.data import describe
-from LLMPruner.errors import UsageError
 from LLMPruner.plan import PruningPlan
 
 if TYPE_CHECKING:
-    from LLMPruner.evaluator.health import Health
     from LLMPruner.evaluator.ppl import Perplexity
 
 ROLES = ("original", "pruned", "finetuned")
@@ -119,75 +116,47 @@ def results_json(
     return {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment, "models": models}
 
 
-def check_output_file(path: Path, flag: str) -> None:
-    """Raise UsageError unless a file can be written (or replaced) at `path`; nothing is created."""
-    if not path.parent.is_dir():
-        raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{flag} {path} is not a file: give a file name")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag} {path}: the folder {path.parent} cannot be written")
-
-
-def health_text(health: Health) -> str:
-    """The report a person reads: the verdict, the sizes, a row a layer, the forward test, the findings."""
-    errors = health.errors
-    verdict = f"HEALTHY: {health.path}"
-    if errors:
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        verdict = f"UNHEALTHY: {errors[0].where}: {errors[0].message}{more}"
-    lines = [verdict, "", f"model       {health.path}"]
-    if health.layers:
-        lines += _layer_lines(health)
-    if health.forward is not None:
-        forward = health.forward
-        lines += ["", f"forward     loss {forward.loss:.3f}, guessing at random has {forward.random_loss:.3f}"]
-        lines += [f"generated   {forward.text!r}"]
-    lines += ["", "findings" if health.findings else "findings    none"]
-    lines += [f"  {finding.severity:<8} {finding.where}: {finding.message}" for finding in health.findings]
-    return "\n".join(lines)
-
-
-def health_json(health: Health) -> dict[str, Any]:
-    """The same report as plain values; numbers that are not finite become None, which JSON can say."""
-    plan, forward = health.plan, health.forward
-    return {
-        "path": health.path,
-        "healthy": health.healthy,
-        "parameters": health.parameters,
-        "dense_parameters": None if plan is None else plan.geometry.dense_params,
-        "q_per_kv": None if plan is None else plan.geometry.q_per_kv,
-        "layers": [_finite(asdict(layer)) for layer in health.layers],
-        "findings": [asdict(finding) for finding in health.findings],
-        "forward": None if forward is None else _finite(asdict(forward)),
-    }
-
-
 def plot_plan(path: Path, plan: PruningPlan, scores: Sequence[float] | None) -> None:
     """`pruning_strategy.png`: importance, kept KV groups and kept channels of every layer. Written atomically."""
     from matplotlib.figure import Figure
 
     geometry, layers = plan.geometry, range(plan.geometry.num_layers)
-    figure = Figure(figsize=(max(8.0, 0.26 * len(layers)), 7.5), layout="constrained")
+    figure = Figure(figsize=(min(15.0, max(8.0, 0.26 * len(layers))), 7.5), layout="constrained")
     importance, groups, channels = figure.subplots(3, 1, sharex=True)
-    removed = plan.removed_params / geometry.dense_params
-    figure.suptitle(f"{geometry.dense_params:,} to {plan.total_params:,} parameters ({removed:.1%} removed)")
+    change = plan.total_params / geometry.dense_params - 1
+    figure.suptitle(f"{geometry.dense_params:,} \u2192 {plan.total_params:,} parameters ({change:.1%})")
     if scores is None:
-        importance.text(0.5, 0.5, "layer importance was not needed", ha="center", transform=importance.transAxes)
+        importance.text(0.5, 0.5, "not measured", ha="center", va="center", color="#666666", transform=importance.transAxes)
+        importance.set_yticks([])
+        _title(importance, "Layer importance")
     else:
-        importance.bar(layers, scores, color="#4477AA")
-        if min(scores) > 0 and max(scores) > 20 * sorted(scores)[len(scores) // 2]:
-            importance.set_yscale("log")  # one towering layer would flatten the others to nothing
-    importance.set_title("Layer importance (higher: the model needs it more)", loc="left", fontsize=10)
-    _kept_bars(groups, plan.kv_counts, geometry.num_kv_heads, "KV groups kept", "#228833")
-    _kept_bars(channels, plan.channel_counts, geometry.intermediate_size, "MLP channels kept", "#CC6677")
+        _importance_bars(importance, scores)
+    _kept_bars(groups, plan.kv_counts, geometry.num_kv_heads, "KV groups kept", "#009E73")
+    _kept_bars(channels, plan.channel_counts, geometry.intermediate_size, "MLP channels kept", "#D55E00")
     channels.set_xlabel("layer")
-    channels.set_xticks([index for index in layers if index % (1 if len(layers) <= 40 else 5) == 0])
+    channels.set_xticks(range(0, len(layers), 1 if len(layers) <= 40 else 5))
+    channels.set_xticks(layers, minor=True)
     channels.set_xlim(-0.7, len(layers) - 0.3)
     for axes in (importance, groups, channels):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def _title(axes: Any, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=10)
+
+
+def _importance_bars(axes: Any, scores: Sequence[float]) -> None:
+    axes.bar(range(len(scores)), scores, color="#0072B2")
+    axes.axhline(0, color="black", linewidth=0.8)
+    sizes = sorted(abs(score) for score in scores)
+    typical = sizes[len(sizes) // 2]
+    towering = typical > 0 and sizes[-1] > 20 * typical
+    if towering:  # the first layer's removal often costs a hundred times the others': linear up to twice the typical score
+        axes.set_yscale("symlog", linthresh=2 * typical, linscale=1.5)
+        axes.set_ylim(bottom=1.5 * min(*scores, 0.0))
+    _title(axes, "Layer importance (higher: the model needs it more" + (", compressed scale)" if towering else ")"))
 
 
 def _kept_bars(axes: Any, counts: Sequence[int], total: int, title: str, color: str) -> None:
@@ -196,9 +165,10 @@ def _kept_bars(axes: Any, counts: Sequence[int], total: int, title: str, color: 
     axes.bar(layers, [total] * len(counts), color="#DDDDDD")
     axes.bar(layers, counts, color=color)
     axes.set_ylim(0, total * 1.02)
-    axes.set_title(f"{title}, of {total} (mean {sum(counts) / len(counts):.4g})", loc="left", fontsize=10)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     if total <= 8:
         axes.set_yticks(range(total + 1))
+    _title(axes, f"{title}, of {total:,} (fewest {min(counts):,}, mean {sum(counts) / len(counts):,.1f})")
 
 
 def _change(row: Row, rows: Mapping[str, Row], labels: Labels) -> str:
@@ -228,22 +198,3 @@ def _pad(text: str, width: int) -> str:
 
 def _align(text: str, width: int) -> str:
     return " " * (width - _width(text)) + text
-
-
-def _layer_lines(health: Health) -> list[str]:
-    geometry = health.plan.geometry
-    share = health.parameters / geometry.dense_params
-    lines = [
-        f"parameters  {health.parameters:,} of the dense {geometry.dense_params:,} ({share:.1%})",
-        "",
-        f"{'layer':>5}  {'KV groups':>9}  {'Q heads':>7}  {'Q:KV':>6}  {'channels':>13}  {'kept':>6}",
-    ]
-    for row in health.layers:
-        groups, channels = f"{row.kv_groups:g}/{geometry.num_kv_heads}", f"{row.channels}/{geometry.intermediate_size}"
-        ratio = f"{row.ratio:.3g}:1"
-        lines.append(f"{row.layer:>5}  {groups:>9}  {row.q_heads:>7g}  {ratio:>6}  {channels:>13}  {row.kept:>6.1%}")
-    return lines
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}

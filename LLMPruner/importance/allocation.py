@@ -82,7 +82,7 @@ def default_round_to(geometry: Geometry) -> int:
 
 
 def make_budget(geometry: Geometry, config: PruneConfig) -> Budget:
-    """The integer budget of a request. Raises UsageError naming the largest feasible ratio when it is infeasible."""
+    """The integer budget of a request. Raises UsageError naming the largest feasible ratio when none of its plans meets it."""
     layers = config.layer_range(geometry.num_layers)
     step = config.round_to or default_round_to(geometry)
     if config.prune_mlp and step >= geometry.intermediate_size:
@@ -103,39 +103,49 @@ def make_budget(geometry: Geometry, config: PruneConfig) -> Budget:
     base = geometry.dense_params if name == "model" else selected
     target = math.ceil(Fraction(str(config.pruning_ratio)) * base)
     budget = Budget(geometry, base, name, target, tuple(sublayers))
-    _check_feasible(budget, budget.largest, config, "every sublayer keeps at least one KV group or rounding step")
     if config.freeze_top_n_layers >= len(layers):
         raise UsageError(f"--freeze_top_n_layers {config.freeze_top_n_layers} freezes all {len(layers)} selected layers")
+    _check_feasible(budget, config, len(layers))
     return budget
 
 
-def _check_feasible(budget: Budget, largest: int, config: PruneConfig, why: str) -> None:
+def _check_feasible(budget: Budget, config: PruneConfig, layers: int) -> None:
+    """Layers are alike, so how much the limits leave does not depend on which of the `layers` selected ones freeze."""
+    smallest, largest = (
+        sum(sublayer.removed(_limits(sublayer, config)[end]) for sublayer in budget.sublayers)
+        // layers
+        * (layers - config.freeze_top_n_layers)
+        for end in (0, 1)
+    )
     if budget.target > largest:
+        why = "every sublayer keeps at least one KV group or rounding step"
+        if largest < budget.largest:
+            why = "--max_pruning_rate and --freeze_top_n_layers limit what may go"
         ratio = math.floor(largest / budget.base * 1e4) / 1e4
+        found = f"the largest feasible ratio here is {ratio}" if ratio else "there is nothing to remove here"
         raise UsageError(
             f"--pruning_ratio {config.pruning_ratio} cannot be reached: {why}, "
-            f"so the largest feasible ratio here is {ratio} (of the {budget.base_name}'s {budget.base:,} parameters)"
+            f"so {found} (of the {budget.base_name}'s {budget.base:,} parameters)"
         )
+    if smallest > budget.target:
+        raise UsageError(f"--min_pruning_rate {config.min_pruning_rate} alone removes more than --pruning_ratio asks for")
 
 
 def allocate(budget: Budget, scores: Sequence[float], config: PruneConfig) -> dict[tuple[int, str], int]:
     """Kept units of every selected sublayer, by `(layer, kind)`.
 
     A layer's rate is the strategy's weight of its score to the power of --layer_importance_weight, scaled to meet the
-    budget and clamped to the rate limits. Raises UsageError when limits and frozen layers leave too little to remove.
+    budget and clamped to the rate limits, which `make_budget` found to leave enough to remove.
     """
     layers = sorted({sublayer.layer for sublayer in budget.sublayers})
     weights = dict(zip(layers, STRATEGIES[config.pruning_strategy]([scores[layer] for layer in layers]), strict=True))
     frozen = set(sorted(layers, key=lambda layer: (-scores[layer], layer))[: config.freeze_top_n_layers])
     active = [sublayer for sublayer in budget.sublayers if sublayer.layer not in frozen]
     limits = [_limits(sublayer, config) for sublayer in active]
-    largest = sum(sublayer.removed(high) for sublayer, (_, high) in zip(active, limits, strict=True))
-    _check_feasible(budget, largest, config, "--max_pruning_rate and --freeze_top_n_layers limit what may go")
-    smallest = sum(sublayer.removed(low) for sublayer, (low, _) in zip(active, limits, strict=True))
-    if smallest > budget.target:
-        raise UsageError(f"--min_pruning_rate {config.min_pruning_rate} alone removes more than --pruning_ratio asks for")
-
-    power = [weights[sublayer.layer] ** config.layer_importance_weight for sublayer in active]
+    heaviest = max(
+        weights[sublayer.layer] for sublayer in active
+    )  # only ratios of weights count, and a power of these cannot overflow
+    power = [(weights[sublayer.layer] / heaviest) ** config.layer_importance_weight for sublayer in active]
     wanted = _fill(budget.target, active, limits, power)
     levels = _round(budget.target, active, limits, wanted)
     kept = {(sublayer.layer, sublayer.kind): sublayer.levels[0] for sublayer in budget.sublayers}
@@ -164,7 +174,8 @@ def _positive(scores: Sequence[float]) -> list[float]:
 
 def _limits(sublayer: Sublayer, config: PruneConfig) -> tuple[int, int]:
     """The first and last level within the rate limits."""
-    rates = [1 - kept / sublayer.levels[0] for kept in sublayer.levels]
+    dense = sublayer.levels[0]
+    rates = [(dense - kept) / dense for kept in sublayer.levels]  # exact where the rate is: 1 - 7/10 is above 0.3
     low = next((level for level, rate in enumerate(rates) if rate >= config.min_pruning_rate), len(rates) - 1)
     high = max(level for level, rate in enumerate(rates) if rate <= config.max_pruning_rate)
     return min(low, high), high

@@ -7,17 +7,19 @@ import math
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from LLMPruner.config import FinetuneConfig, LoraConfig
 from LLMPruner.data import load_windows
 from LLMPruner.errors import RunError
-from LLMPruner.model import LoadedModel, save_model
+from LLMPruner.model import LoadedModel, save_model, versions
 
 if TYPE_CHECKING:
     from LLMPruner.run import Run
@@ -26,32 +28,35 @@ logger = logging.getLogger("LLMPruner")
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
-ADVICE = (
-    "fine-tune with LoRA instead (--use_lora --lora_target_attention --lora_target_mlp --lr 2e-4), "
-    "lower the learning rate, or use --dtype float32"
-)
+ADVICE = "use LoRA (--use_lora --lora_target_attention --lora_target_mlp --lr 2e-4), a lower learning rate, or --dtype float32"
 
 
 def recover(
     loaded: LoadedModel, config: FinetuneConfig, run: Run, *, data_dir: str | None, seed: int, save: bool
 ) -> dict[str, Any]:
+    """`train_and_save` on windows cut here, for a model that was pruned in this very run."""
+    windows = training_windows(loaded.tokenizer, config, data_dir, seed)
+    return train_and_save(loaded, config, windows, run, seed=seed, save=save, base=run.dir / "pytorch_model.bin")
+
+
+def training_windows(tokenizer: Any, config: FinetuneConfig, data_dir: str | None, seed: int) -> torch.Tensor:
+    """Random windows of the train split, int64 `(samples, seq_len)`. Raises UsageError where the split is too short."""
+    length, count = config.seq_len, config.samples
+    return load_windows(tokenizer, config.dataset, "train", seq_len=length, samples=count, data_dir=data_dir, seed=seed)
+
+
+def train_and_save(
+    loaded: LoadedModel, config: FinetuneConfig, windows: torch.Tensor, run: Run, *, seed: int, save: bool, base: Path
+) -> dict[str, Any]:
     """Fine-tune `loaded` in place and write `pytorch_model_finetuned.bin` (and LoRA's `adapter/`) into the run's folder.
 
-    Returns the training record. Raises RunError, with nothing written, when the loss is not finite.
+    `base` is the checkpoint that the weights come from, for the record. Returns the training record of `finetune`. Raises
+    RunError, with nothing written, when the loss or its gradient is not finite.
     """
-    adapter = run.dir / "adapter" if save and config.method == "lora" else None
-    with run.stage(f"fine-tune ({config.method})") as record:
-        windows = load_windows(
-            loaded.tokenizer,
-            config.dataset,
-            "train",
-            seq_len=config.seq_len,
-            samples=config.samples,
-            data_dir=data_dir,
-            seed=seed,
-        )
-        record |= finetune(loaded, config, windows, seed=seed, adapter_dir=adapter)
-    loaded.provenance["finetune"] = asdict(config) | {"split": "train", "seed": seed, "learning_rate": config.learning_rate}
+    adapter_dir = run.dir / "adapter" if save and config.method == "lora" else None
+    with run.stage("train") as record:
+        record |= finetune(loaded, config, windows, seed=seed, adapter_dir=adapter_dir)
+    loaded.provenance["finetune"] = _provenance(config, len(windows), seed, base, run.command)
     if save:
         with run.stage("save"):
             save_model(run.dir / "pytorch_model_finetuned.bin", loaded)
@@ -65,32 +70,34 @@ def finetune(
     """Train `loaded.model` on packed windows `(n, seq_len)`, int64; every token but the first of a window is a target.
 
     LoRA adapters are saved to `adapter_dir` and merged, so the model is afterwards what it was, with other weights. Returns
-    steps, trainable parameters, and the first and last logged loss (nats a token). Raises RunError on a non-finite loss.
+    method, steps, trainable parameters, learning rate, and the first and last logged loss (nats a token). Raises RunError
+    on a non-finite loss or gradient; a model under LoRA then has its old weights back.
     """
     model = loaded.model
-    use_cache, model.config.use_cache = model.config.use_cache, False
-    trained = add_adapters(model, config.lora, seed) if config.method == "lora" else model.requires_grad_(True)
-    trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-    logger.info("training %s of %s parameters", f"{trainable:,}", f"{sum(p.numel() for p in trained.parameters()):,}")
-    progress = _Progress()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = _arguments(config, len(windows), folder, model.device, seed)
-        trainer = _Trainer(
-            model=trained, args=arguments, train_dataset=_Windows(windows), data_collator=_collate, callbacks=[progress]
-        )
-        trainer.remove_callback("PrinterCallback")
-        trainer.train()
-    if config.method == "lora":
+    weights = adapters(model, config.lora, seed) if config.method == "lora" else float32_weights(model)
+    precision = model.dtype  # of the weights as loaded
+    with _training_settings(model), weights as trained:
+        trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+        logger.info("training %s parameters of %s", f"{trainable:,}", f"{loaded.plan.total_params:,} in the model")
+        steps, losses = _train(trained, config, windows, precision, seed)
         if adapter_dir is not None:
             _save_adapter(trained, adapter_dir)
-        loaded.model = trained.merge_and_unload()
-    loaded.model.config.use_cache = use_cache
-    loaded.model.requires_grad_(False).eval()
-    return {"steps": trainer.state.global_step, "trainable": trainable, "loss": [progress.losses[0], progress.losses[-1]]}
+    return {
+        "method": config.method,
+        "steps": steps,
+        "trainable_parameters": trainable,
+        "learning_rate": config.learning_rate,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }
 
 
-def add_adapters(model: torch.nn.Module, config: LoraConfig, seed: int) -> torch.nn.Module:
-    """The model wrapped with fresh LoRA adapters (Hu et al. 2021); only they are trainable."""
+@contextmanager
+def adapters(model: torch.nn.Module, config: LoraConfig, seed: int) -> Iterator[torch.nn.Module]:
+    """Fresh LoRA adapters (Hu et al. 2021) on `model`, the only trainable parameters, float32 whatever the model's dtype.
+
+    On leaving they are merged into the weights; after an exception they are dropped. `model` is then plain again.
+    """
     import peft
 
     torch.manual_seed(seed)
@@ -98,7 +105,69 @@ def add_adapters(model: torch.nn.Module, config: LoraConfig, seed: int) -> torch
     settings = peft.LoraConfig(
         r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
-    return peft.get_peft_model(model, settings)
+    adapted = peft.get_peft_model(model, settings)
+    try:
+        yield adapted
+        adapted.merge_and_unload()
+    except BaseException:
+        adapted.unload()
+        raise
+    finally:
+        model.requires_grad_(False).eval()
+
+
+@contextmanager
+def float32_weights(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """All weights trainable, and float32 meanwhile: steps of 1e-5 vanish when they are rounded to bfloat16."""
+    precision = model.dtype
+    _cast_parameters(model, torch.float32)
+    model.requires_grad_(True)
+    try:
+        yield model
+    finally:
+        _cast_parameters(model, precision)
+        model.requires_grad_(False).eval()
+
+
+def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():  # not `model.to`: that would round the rotary table, a float32 buffer, as well
+        parameter.grad = None
+        parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _training_settings(model: torch.nn.Module) -> Iterator[None]:
+    """No KV cache while training; afterwards what it was, and no gradient checkpointing, which the Trainer leaves on."""
+    use_cache, model.config.use_cache = model.config.use_cache, False
+    try:
+        yield
+    finally:
+        model.config.use_cache = use_cache
+        if model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()  # the hook that checkpointing put on the embeddings
+
+
+def _train(
+    model: torch.nn.Module, config: FinetuneConfig, windows: torch.Tensor, precision: torch.dtype, seed: int
+) -> tuple[int, list[float]]:
+    """Optimizer steps taken and the losses logged on the way; the model keeps no trace of the Trainer."""
+    progress = _Progress()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(config, len(windows), folder, model.device, precision, seed),
+            train_dataset=list(windows),
+            data_collator=_collate,
+            callbacks=[progress],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        if sys.stderr.isatty():
+            trainer.add_callback(_Bar())
+        trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast replaces `forward`
+    return trainer.state.global_step, progress.losses
 
 
 class _Trainer(Trainer):
@@ -108,50 +177,54 @@ class _Trainer(Trainer):
         result = super().compute_loss(*args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss).all():
-            raise RunError(f"the loss became {loss.item()} at step {self.state.global_step}: {ADVICE}")
+            raise RunError(f"the training loss became {loss.item()} in step {self.state.global_step + 1}: {ADVICE}")
         return result
 
 
 class _Progress(TrainerCallback):
-    """Plain log lines, and the losses in the order they were logged."""
+    """Plain log lines, the losses in the order they were logged, and no step with a broken gradient."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Stop before a gradient that is not finite gets into the weights (float16's loss scaling skips such a step)."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not args.fp16 and not torch.isfinite(norm):
+            raise RunError(f"the gradient norm became {norm.item()} in step {state.global_step + 1}: {ADVICE}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step is logged in any case."""
+        control.should_log = control.should_log or state.global_step == state.max_steps
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Log a step, and stop where its gradient was not finite: the optimizer has then written NaN into the weights."""
-        logs = logs or {}
-        if "loss" not in logs:
-            return
-        self.losses.append(float(logs["loss"]))
-        norm = float(logs.get("grad_norm", 0.0))
-        if not math.isfinite(norm):
-            raise RunError(f"the gradient norm became {norm} at step {state.global_step}: {ADVICE}")
-        logger.info(
-            "step %d of %d  loss %.4f  lr %.2e", state.global_step, state.max_steps, self.losses[-1], logs["learning_rate"]
-        )
+        """One line; the Trainer's closing summary, which has no loss of a step, is left out."""
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+            rate = logs["learning_rate"]
+            logger.info("step %d of %d  loss %.4f  lr %.2e", state.global_step, state.max_steps, self.losses[-1], rate)
 
 
-class _Windows(torch.utils.data.Dataset):
-    def __init__(self, windows: torch.Tensor) -> None:
-        self._windows = windows
+class _Bar(ProgressCallback):
+    """The bar alone: what it would print beside it is in the log lines already."""
 
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self._windows[index]
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Nothing."""
 
 
 def _collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    ids = torch.stack(rows)
+    ids = torch.stack(rows)  # (batch, seq_len)
     return {"input_ids": ids, "labels": ids}
 
 
-def _arguments(config: FinetuneConfig, count: int, folder: str, device: torch.device, seed: int) -> TrainingArguments:
-    steps = max(1, math.ceil(math.ceil(count / config.batch_size) / config.grad_accum)) * config.epochs
+def _arguments(
+    config: FinetuneConfig, count: int, folder: str, device: torch.device, precision: torch.dtype, seed: int
+) -> TrainingArguments:
+    steps = math.ceil(math.ceil(count / config.batch_size) / config.grad_accum) * config.epochs
     on_gpu = device.type == "cuda"
-    return TrainingArguments(
+    half = on_gpu and precision != torch.float32  # who asks for --dtype float32 gets no autocast
+    bf16 = half and torch.cuda.is_bf16_supported(including_emulation=False)
+    arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
@@ -168,12 +241,16 @@ def _arguments(config: FinetuneConfig, count: int, folder: str, device: torch.de
         report_to="none",
         seed=seed,
         data_seed=seed,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        bf16=bf16,
+        fp16=half and not bf16,
         gradient_checkpointing=on_gpu,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=on_gpu,
         disable_tqdm=not sys.stderr.isatty(),
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the Trainer copies the model to every GPU of the machine in each step (DataParallel)
+    return arguments
 
 
 def _save_adapter(model: torch.nn.Module, folder: Path) -> None:
@@ -181,8 +258,26 @@ def _save_adapter(model: torch.nn.Module, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, save_embedding_layers=False)  # "auto" would ask the hub about the vocabulary
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _provenance(config: FinetuneConfig, windows: int, seed: int, base: Path, command: str) -> dict[str, Any]:
+    import peft
+
+    settings = {name: value for name, value in asdict(config).items() if name not in ("prefix", "dataset", "lora")}
+    if config.method == "lora":
+        settings["lora"] = asdict(config.lora)
+    return settings | {
+        "lr": config.learning_rate,
+        "corpus": config.dataset,
+        "split": "train",
+        "windows": windows,
+        "seed": seed,
+        "base_checkpoint": str(base),
+        "command": command,
+        "versions": versions() | {"peft": peft.__version__},
+    }

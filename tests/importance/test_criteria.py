@@ -1,0 +1,135 @@
+"""Unit scores: the naive definition, their shapes, and that what does nothing goes first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import each_architecture, geometry_of, random_windows, tiny_model
+from torch import nn
+from torch.nn import functional
+
+from LLMPruner.forward import LayerRunner
+from LLMPruner.importance.allocation import build_plan
+from LLMPruner.importance.criteria import CRITERIA, score_units
+from LLMPruner.methods.gqa_aware import query_columns
+
+WINDOWS = random_windows(3, 8)
+
+
+def scored(model, importance: str, windows: torch.Tensor = WINDOWS, seed: int = 0, batch_tokens: int = 4096):
+    runner = LayerRunner(model, batch_tokens=batch_tokens)
+    return score_units(runner, geometry_of(model), importance, windows=windows, seed=seed)
+
+
+def naive_taylor(model, index: int, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token's gate at a time: the squared derivative of the loss by a factor on the unit's inputs at that token."""
+    geometry = geometry_of(model)
+    attention, mlp = model.model.layers[index].self_attn.o_proj, model.model.layers[index].mlp.down_proj
+    tokens = windows.shape[1]
+    groups, channels = torch.zeros(geometry.num_kv_heads), torch.zeros(geometry.intermediate_size)
+    for window in windows:
+        gates = (
+            torch.ones(tokens, geometry.num_kv_heads, requires_grad=True),
+            torch.ones(tokens, mlp.in_features).requires_grad_(),
+        )
+        hooks = [
+            attention.register_forward_pre_hook(lambda _, x: (x[0] * gates[0].repeat_interleave(geometry.group_width, dim=1),)),
+            mlp.register_forward_pre_hook(lambda _, x: (x[0] * gates[1],)),
+        ]
+        logits = model(window.unsqueeze(0)).logits[0, :-1]
+        loss = functional.cross_entropy(logits, window[1:], reduction="sum")
+        by_group, by_channel = torch.autograd.grad(loss, gates)
+        groups += by_group.square().sum(0)
+        channels += by_channel.square().sum(0)
+        for hook in hooks:
+            hook.remove()
+    return groups / windows.numel(), channels / windows.numel()
+
+
+@each_architecture
+def test_taylor_equals_the_naive_per_token_gates(changes):
+    model = tiny_model(**changes)
+    naive = [naive_taylor(model, index, WINDOWS) for index in range(4)]
+    for scores, (groups, channels) in zip(scored(model, "taylor"), naive, strict=True):
+        torch.testing.assert_close(scores.kv_groups, groups, rtol=1e-3, atol=1e-8)
+        torch.testing.assert_close(scores.channels, channels, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("importance", sorted(CRITERIA))
+@each_architecture
+def test_every_criterion_scores_every_unit(changes, importance):
+    model = tiny_model(**changes)
+    geometry = geometry_of(model)
+    scores = scored(model, importance)
+    assert len(scores) == geometry.num_layers
+    for layer in scores:
+        assert layer.kv_groups.shape == (geometry.num_kv_heads,) and layer.channels.shape == (geometry.intermediate_size,)
+        for values in (layer.kv_groups, layer.channels):
+            assert values.dtype == torch.float32 and values.device.type == "cpu" and not values.requires_grad
+            assert values.isfinite().all() and (values >= 0).all() and len(values.unique()) > 1
+
+
+@pytest.mark.parametrize("importance", sorted(set(CRITERIA) - {"random", "magnitude"}))
+@each_architecture
+def test_a_unit_without_output_weights_scores_zero_and_goes_first(changes, importance):
+    model = tiny_model(**changes)
+    geometry = geometry_of(model)
+    layer = model.model.layers[2]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight[:, query_columns([1], geometry)] = 0
+        layer.mlp.down_proj.weight[:, 17] = 0
+    scores = scored(model, importance)
+    assert scores[2].kv_groups[1] == 0 and scores[2].channels[17] == 0
+    kept = {(2, "attention"): geometry.num_kv_heads - 1, (2, "mlp"): geometry.intermediate_size - 1}
+    plan = build_plan(geometry, kept, scores)
+    assert 1 not in plan.layers[2].kv_groups and 17 not in plan.layers[2].channels
+    assert plan.layers[1].kv_groups == tuple(range(geometry.num_kv_heads)), "what is not asked for stays whole"
+
+
+def test_magnitude_of_a_unit_is_the_squared_norm_of_all_its_weights():
+    model = tiny_model()
+    geometry, layer = geometry_of(model), model.model.layers[1]
+    scores = scored(model, "magnitude", windows=None)[1]
+    attention, mlp = layer.self_attn, layer.mlp
+    queries, keys = slice(32, 64), slice(8, 16)  # group 1 of two, 4 query heads of 8
+    parts = (attention.q_proj.weight[queries], attention.k_proj.weight[keys], attention.v_proj.weight[keys])
+    expected = sum(part.square().sum() for part in (*parts, attention.o_proj.weight[:, queries]))
+    torch.testing.assert_close(scores.kv_groups[1], expected.detach())
+    expected = sum(part.square().sum() for part in (mlp.gate_proj.weight[5], mlp.up_proj.weight[5], mlp.down_proj.weight[:, 5]))
+    torch.testing.assert_close(scores.channels[5], expected.detach())
+    total = sum(parameter.square().sum() for module in (attention, mlp) for parameter in module.parameters())
+    torch.testing.assert_close(scores.kv_groups.sum() + scores.channels.sum(), total.detach())
+    assert geometry.num_kv_heads == 2
+
+
+def test_magnitude_puts_a_unit_of_zeros_last():
+    model = tiny_model()
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():
+        mlp.gate_proj.weight[9] = mlp.up_proj.weight[9] = 0
+        mlp.down_proj.weight[:, 9] = 0
+    assert scored(model, "magnitude")[0].channels.argmin() == 9
+
+
+def test_random_scores_follow_the_seed_and_differ_between_layers():
+    model = tiny_model()
+    first, same, other = (scored(model, "random", seed=seed) for seed in (1, 1, 99))
+    assert torch.equal(first[0].channels, same[0].channels)
+    assert not torch.equal(first[0].channels, other[0].channels) and not torch.equal(first[0].channels, first[1].channels)
+
+
+def test_taylor_is_a_mean_that_neither_batches_nor_repeated_windows_change():
+    model = tiny_model()
+    whole = scored(model, "taylor")
+    for other in (scored(model, "taylor", batch_tokens=8), scored(model, "taylor", windows=WINDOWS.repeat(2, 1))):
+        for a, b in zip(whole, other, strict=True):
+            torch.testing.assert_close(a.kv_groups, b.kv_groups)
+            torch.testing.assert_close(a.channels, b.channels)
+
+
+def test_scoring_leaves_the_weights_as_they_were():
+    model, before = tiny_model(), tiny_model()
+    for importance in CRITERIA:
+        scored(model, importance)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)

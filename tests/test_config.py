@@ -1,0 +1,107 @@
+"""Configs: every wrong value is refused by the flag that the user typed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from LLMPruner.config import EvalConfig, FinetuneConfig, LoraConfig, PruneConfig, RunConfig, require_at_least
+from LLMPruner.errors import UsageError
+
+NAN, INF = math.nan, math.inf
+
+WRONG = [
+    (PruneConfig, "pruning_ratio", [0, 1, -0.1, 1.5, NAN, INF], "--pruning_ratio"),
+    (PruneConfig, "round_to", [0, -64], "--round_to"),
+    (PruneConfig, "layer_importance_samples", [0, -1], "--layer_importance_samples"),
+    (PruneConfig, "channel_importance_samples", [0, -1], "--channel_importance_samples"),
+    (PruneConfig, "layer_importance_seq_len", [1, 0], "--layer_importance_seq_len"),
+    (PruneConfig, "calibration_seq_len", [1, 0], "--calibration_seq_len"),
+    (PruneConfig, "layer_importance_weight", [-0.1, NAN, INF], "--layer_importance_weight"),
+    (PruneConfig, "min_pruning_rate", [-0.1, 0.9, NAN], "--min_pruning_rate"),
+    (PruneConfig, "max_pruning_rate", [-0.1, 1.1, NAN], "--max_pruning_rate"),
+    (PruneConfig, "freeze_top_n_layers", [-1], "--freeze_top_n_layers"),
+    (PruneConfig, "prune_attention", [False], "--no_prune_attention needs --prune_mlp"),
+    (EvalConfig, "datasets", [()], "--eval_datasets"),
+    (EvalConfig, "seq_len", [1, 0, -5], "--eval_seq_len"),
+    (EvalConfig, "samples", [-1], "--eval_samples"),
+    (LoraConfig, "r", [0, -8], "--lora_r"),
+    (LoraConfig, "alpha", [0], "--lora_alpha"),
+    (LoraConfig, "dropout", [-0.1, 1, NAN], "--lora_dropout"),
+    (FinetuneConfig, "method", ["qlora", ""], "--method"),
+    (FinetuneConfig, "lr", [0, -1e-4, NAN, INF], "--lr"),
+    (FinetuneConfig, "samples", [0], "--samples"),
+    (FinetuneConfig, "epochs", [0, -1], "--epochs"),
+    (FinetuneConfig, "seq_len", [1], "--seq_len"),
+    (FinetuneConfig, "batch_size", [0], "--batch_size"),
+    (FinetuneConfig, "grad_accum", [0], "--grad_accum"),
+    (FinetuneConfig, "max_grad_norm", [-1, NAN, INF], "--max_grad_norm"),
+    (FinetuneConfig, "warmup_steps", [-1], "--warmup_steps"),
+    (FinetuneConfig, "weight_decay", [-0.1, NAN, INF], "--weight_decay"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "flag"), [(kind, name, value, flag) for kind, name, values, flag in WRONG for value in values]
+)
+def test_a_wrong_value_is_refused_by_its_flag(kind, name, value, flag):
+    with pytest.raises(UsageError, match=flag):
+        kind(**{name: value})
+
+
+RIGHT = [
+    (PruneConfig, {"pruning_ratio": 0.001, "round_to": 1, "layer_importance_weight": 0, "max_pruning_rate": 0}),
+    (PruneConfig, {"pruning_ratio": 0.999, "min_pruning_rate": 0.8, "max_pruning_rate": 0.8, "calibration_seq_len": 2}),
+    (PruneConfig, {"prune_attention": False, "prune_mlp": True}),
+    (EvalConfig, {"seq_len": 2, "samples": 0}),
+    (LoraConfig, {"r": 1, "alpha": 1, "dropout": 0, "target_mlp": False}),
+    (FinetuneConfig, {"lr": 1e-9, "max_grad_norm": 0, "warmup_steps": 0, "weight_decay": 0, "seq_len": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "values"), RIGHT)
+def test_the_outermost_right_values_are_accepted(kind, values):
+    assert dataclasses.asdict(kind(**values)).items() >= values.items()
+
+
+@pytest.mark.parametrize("kind", [RunConfig, EvalConfig, LoraConfig, FinetuneConfig, PruneConfig])
+def test_a_config_is_frozen_and_its_defaults_are_valid(kind):
+    config = kind()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(kind)[0].name, None)
+
+
+def test_lora_needs_a_target():
+    with pytest.raises(UsageError, match="--lora_target_attention"):
+        LoraConfig(target_attention=False, target_mlp=False)
+
+
+def test_a_finetuning_error_spells_the_flag_as_the_script_at_hand_does():
+    with pytest.raises(UsageError, match="--finetune_epochs must be 1 or more, got 0"):
+        FinetuneConfig(epochs=0, prefix="--finetune_")
+
+
+def test_the_learning_rate_defaults_to_the_methods_usual_one():
+    assert FinetuneConfig(method="lora").learning_rate == 2e-4 and FinetuneConfig(method="full").learning_rate == 1e-5
+    assert FinetuneConfig(method="full", lr=3e-3).learning_rate == 3e-3
+
+
+def test_at_least_includes_the_minimum():
+    require_at_least("--x", 2, 2)
+    with pytest.raises(UsageError, match="--x must be 2 or more, got 1"):
+        require_at_least("--x", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "layers"), [(0, None, [0, 1, 2, 3]), (1, 3, [1, 2]), (3, None, [3]), (0, 4, [0, 1, 2, 3])]
+)
+def test_the_layer_range_excludes_its_end(start, end, layers):
+    assert list(PruneConfig(layer_start=start, layer_end=end).layer_range(4)) == layers
+
+
+@pytest.mark.parametrize(("start", "end"), [(4, None), (-1, None), (0, 5), (0, 0), (0, -1), (2, 2), (3, 1)])
+def test_a_layer_range_that_is_empty_or_leaves_the_model_is_refused(start, end):
+    with pytest.raises(UsageError, match=f"--layer_start {start} --layer_end {4 if end is None else end}"):
+        PruneConfig(layer_start=start, layer_end=end).layer_range(4)

@@ -1,0 +1,162 @@
+"""The diagnosis script: exit codes 0, 1 and 2, the report on paper, and ill models that must not end in a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import diagnose_model as script
+from LLMPruner.forward import LayerRunner
+from LLMPruner.methods.apply import apply_plan
+from LLMPruner.model import LoadedModel, find_model, load_model, save_model
+from LLMPruner.plan import LayerPlan, PruningPlan
+
+ROOT = Path(__file__).parent.parent
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def pruned_bytes(trained_dir, tmp_path_factory) -> bytes:
+    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32")
+    geometry = loaded.plan.geometry
+    plan = PruningPlan.dense(geometry).with_layer(1, LayerPlan((0,), tuple(range(90))))
+    apply_plan(LayerRunner(loaded.model), plan)
+    path = tmp_path_factory.mktemp("pruned") / "m.bin"
+    save_model(path, LoadedModel(loaded.model, loaded.tokenizer, plan, {"parameters": plan.total_params}))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def pruned(folder, pruned_bytes) -> Path:
+    (folder / "m.bin").write_bytes(pruned_bytes)
+    return Path("m.bin")
+
+
+def run(capsys, *flags) -> tuple[int, str, str]:
+    try:
+        code = script.main([*map(str, flags), "--dtype=float32"])
+    except SystemExit as stop:  # argparse's own way out
+        code = stop.code
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err + output.out
+    return code, output.out, output.err
+
+
+def change(path: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Replace a tensor of a checkpoint, or take it out."""
+    payload = torch.load(path, weights_only=True)
+    payload[name] = tensor
+    torch.save({key: value for key, value in payload.items() if value is not None}, path)
+
+
+def test_healthy_models_exit_0_and_speak(pruned, trained_dir, capsys):
+    for path in (pruned, trained_dir):
+        code, out, err = run(capsys, f"--model_path={path}", "--test_forward")
+        assert code == 0 and out.splitlines()[0] == "HEALTHY" and err == ""
+        assert "forward: PPL " in out and out.count("4:1") == 4 and "generation: '" in out
+
+
+def test_the_report_is_saved_as_text_or_json(pruned, capsys):
+    _, out, _ = run(capsys, f"--model_path={pruned}", "--save_report=r.txt")
+    assert Path("r.txt").read_text() == out
+    assert run(capsys, f"--model_path={pruned}", "--save_report=r.json")[0] == 0
+    saved = json.loads(Path("r.json").read_text())
+    assert saved["healthy"] and saved["findings"] == [] and saved["path"] == "m.bin"
+    assert saved["layers"][1] == {"query_heads": 4, "kv_heads": 1, "channels": 90}
+    assert saved["parameters"] < saved["dense_parameters"]
+    assert {path.name for path in Path().iterdir()} == {"m.bin", "r.txt", "r.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        (Q_PROJ, torch.full((32, 64), torch.nan), "2,048 values are NaN"),
+        (Q_PROJ, torch.full((32, 64), torch.inf), "infinite"),
+        (Q_PROJ, torch.full((32, 64), 1e6), "1e+06"),
+        (Q_PROJ, torch.zeros(32, 64), "zero"),
+        (Q_PROJ, torch.ones(24, 64), "Q:KV heads are 3:1, not 4:1"),
+        (Q_PROJ, torch.ones(32, 65), "(32, 65)"),
+        (Q_PROJ, torch.tensor(1.0), "has shape ()"),
+        (Q_PROJ, torch.ones(0, 64), "has shape (0, 64)"),
+        (Q_PROJ, None, "is missing"),
+        ("model.layers.1.mlp.up_proj.weight", torch.ones(89, 64), "(89, 64)"),
+    ],
+)
+def test_an_ill_checkpoint_exits_1_and_says_why(pruned, capsys, name, tensor, words):
+    change(pruned, name, tensor)
+    code, out, _ = run(capsys, f"--model_path={pruned}", "--test_forward", "--save_report=r.json")
+    assert code == 1 and out.startswith("UNHEALTHY: ") and words in out and name in out
+    saved = json.loads(Path("r.json").read_text())
+    assert not saved["healthy"] and any(words in finding["message"] for finding in saved["findings"])
+
+
+def test_an_ill_directory_exits_1(folder, trained_dir, capsys):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((trained_dir / name).read_bytes())
+    tensors = load_file(trained_dir / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    code, out, _ = run(capsys, "--model_path=.")
+    assert code == 1 and out.startswith("UNHEALTHY: model.norm.weight: 1 values are NaN")
+
+
+def test_a_file_that_cannot_be_read_is_unhealthy(pruned, pruned_bytes, capsys):
+    for size in (len(pruned_bytes) - 1, len(pruned_bytes) // 2, 100, 0):
+        pruned.write_bytes(pruned_bytes[:size])
+        code, out, _ = run(capsys, f"--model_path={pruned}", "--test_forward", "--save_report=r.txt")
+        assert code == 1 and out.startswith("UNHEALTHY: file: m.bin ") and Path("r.txt").read_text() == out
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("write", [lambda thing, path: path.write_bytes(pickle.dumps(thing)), torch.save])
+def test_a_strangers_pickle_is_never_executed(folder, capsys, write):
+    write({"model": Malicious()}, Path("m.bin"))
+    code, out, _ = run(capsys, "--model_path=m.bin", "--test_forward")
+    assert code == 1 and "another tool" in out
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--model_path"),
+        (["--model_path=/nowhere/m.bin"], "does not exist"),
+        (["--model_path=."], "config.json"),
+        (["--model_path=notes.txt"], "not a model"),
+        (["--model_path=m.bin", "--save_report=none/r.txt"], "--save_report"),
+        (["--model_path=m.bin", "--save_report=."], "--save_report"),
+        (["--model_path=m.bin", "--unknown"], "--unknown"),
+        (["--model_path=m.bin", "--test_forward", "--device=cuda:77"], "--device"),
+    ],
+)
+def test_a_wrong_command_exits_2_in_one_sentence(pruned, capsys, flags, words):
+    Path("notes.txt").write_text("no model")
+    code, out, err = run(capsys, *flags)
+    assert code == 2 and out == "" and words in err and err.count("\n") == 1
+    assert {path.name for path in Path().iterdir()} == {"m.bin", "notes.txt"}
+
+
+def test_wrong_commands_and_help_answer_without_torch():
+    for flags, code in ((["--help"], 0), (["--model_path=/nowhere"], 2)):
+        probe = f"import sys, diagnose_model as s\ntry: c = s.main({flags!r})\nexcept SystemExit as e: c = e.code\n"
+        probe += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\nsys.exit(c)"
+        done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr

@@ -1,0 +1,130 @@
+"""The plan: it survives JSON, refuses what is not a plan, and counts parameters as the model itself does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from conftest import each_architecture, geometry_of, random_plan, tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from LLMPruner.errors import UsageError
+from LLMPruner.forward import LayerRunner
+from LLMPruner.methods.apply import apply_plan
+from LLMPruner.model import build_empty, count_parameters
+from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
+
+GEOMETRY = Geometry(
+    vocab_size=10, hidden_size=8, intermediate_size=6, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=2, mlp_bias=True
+)
+CONFIG = tiny_config().to_dict()
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 20), st.integers(1, 5), st.integers(0, 99), st.booleans())
+def test_a_plan_survives_json(kv_heads, q_per_kv, width, layers, seed, flag):
+    geometry = Geometry(10, 8, width, layers, kv_heads * q_per_kv, kv_heads, 2, flag, not flag, flag, 99)
+    plan = random_plan(geometry, seed)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("groups", "channels", "complaint"),
+    [
+        ((), (0,), "keeps no KV group"),
+        ((0,), (), "keeps no channel"),
+        ((1, 0), (0,), "KV group indices must ascend"),
+        ((0, 0), (0,), "KV group indices must ascend"),
+        ((0, 2), (0,), r"ascend within 0\.\.1"),
+        ((-1, 0), (0,), "ascend within"),
+        ((0,), (0, 6), r"channel indices must ascend within 0\.\.5"),
+        ((0,), (0, True), "channel indices must be integers"),
+        ((0.0,), (0,), "KV group indices must be integers"),
+    ],
+)
+def test_a_layer_that_is_not_a_selection_is_refused(groups, channels, complaint):
+    with pytest.raises(UsageError, match="layer 1.*" + complaint):
+        PruningPlan.dense(GEOMETRY).with_layer(1, LayerPlan(groups, channels))
+
+
+def test_a_plan_of_another_depth_is_refused():
+    with pytest.raises(UsageError, match="plan has 1 layers, the model has 2"):
+        PruningPlan(GEOMETRY, PruningPlan.dense(GEOMETRY).layers[:1])
+
+
+def _broken(**changes) -> str:
+    return json.dumps(json.loads(PruningPlan.dense(GEOMETRY).to_json()) | changes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "not json",
+        "[]",
+        "3",
+        "{}",
+        _broken(layers=3),
+        _broken(layers=[{"kv_groups": [0]}] * 2),
+        _broken(layers=[{"kv_groups": 0, "channels": [0]}] * 2),
+        _broken(layers=[{"kv_groups": ["0"], "channels": [0]}] * 2),
+        _broken(geometry={"hidden_size": 8}),
+        _broken(geometry=dataclasses.asdict(GEOMETRY) | {"surprise": 1}),
+        _broken(geometry=dataclasses.asdict(GEOMETRY) | {"num_heads": 3}),
+        _broken(geometry=dataclasses.asdict(GEOMETRY) | {"hidden_size": 8.0}),
+        _broken(geometry=dataclasses.asdict(GEOMETRY) | {"head_dim": 0}),
+    ],
+)
+def test_a_text_that_is_not_a_plan_is_refused(text):
+    with pytest.raises(UsageError, match="not a pruning plan"):
+        PruningPlan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": None},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": "8"},
+        {"num_attention_heads": 7},
+        {"vocab_size": -1},
+    ],
+)
+def test_a_config_that_is_not_a_llama_is_refused(changes):
+    with pytest.raises(UsageError, match="not a usable Llama"):
+        Geometry.from_config(CONFIG | changes)
+
+
+@pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "intermediate_size"])
+def test_a_config_without_a_size_is_refused_by_name(missing):
+    with pytest.raises(UsageError, match=missing):
+        Geometry.from_config({name: value for name, value in CONFIG.items() if name != missing})
+
+
+def test_an_old_config_without_kv_heads_and_head_dim_means_multi_head_attention():
+    config = {name: value for name, value in CONFIG.items() if name not in ("num_key_value_heads", "head_dim")}
+    geometry = Geometry.from_config(config)
+    assert (geometry.q_per_kv, geometry.num_kv_heads, geometry.head_dim) == (1, 8, 8)
+
+
+@each_architecture
+def test_counts_equal_the_dense_models(changes):
+    model = tiny_model(**changes)
+    geometry = geometry_of(model)
+    assert geometry.dense_params == count_parameters(model)
+    assert PruningPlan.dense(geometry).is_dense and PruningPlan.dense(geometry).removed_params == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@each_architecture
+def test_counts_equal_the_pruned_models(changes, seed):
+    model = tiny_model(**changes)
+    geometry = geometry_of(model)
+    plan = random_plan(geometry, seed)
+    apply_plan(LayerRunner(model), plan)
+    assert plan.total_params == count_parameters(model) == geometry.dense_params - plan.removed_params
+    empty = build_empty(model.config, plan)
+    empty.tie_weights()
+    assert count_parameters(empty) == plan.total_params
+    assert not plan.is_dense

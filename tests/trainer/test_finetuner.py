@@ -1,0 +1,329 @@
+"""Recovery training: it lowers the loss, touches what it should, leaves a plain model, and stops where it breaks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
+
+from LLMPruner.config import FinetuneConfig, LoraConfig
+from LLMPruner.data import load_windows
+from LLMPruner.errors import RunError
+from LLMPruner.evaluator.ppl import perplexity
+from LLMPruner.forward import LayerRunner
+from LLMPruner.methods.apply import apply_plan
+from LLMPruner.model import LoadedModel, find_model, load_model, save_model
+from LLMPruner.plan import LayerPlan, PruningPlan
+from LLMPruner.run import Run
+from LLMPruner.trainer import finetuner
+from LLMPruner.trainer.finetuner import finetune, recover
+
+LORA = FinetuneConfig(lr=1e-2, samples=48, epochs=2, seq_len=32, batch_size=4, grad_accum=2, lora=LoraConfig(dropout=0.0))
+FULL = replace(LORA, method="full", lr=2e-3)
+SHORT = replace(LORA, samples=8, epochs=1, grad_accum=1)  # two steps
+
+
+@pytest.fixture
+def pruned(trained_dir) -> LoadedModel:
+    """The trained tiny model with half of two layers removed and nothing repaired."""
+    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
+    plan = PruningPlan.dense(loaded.plan.geometry)
+    for index in (0, 2):
+        plan = plan.with_layer(index, LayerPlan((1,), tuple(range(0, 96, 3))))
+    apply_plan(LayerRunner(loaded.model), plan)
+    loaded.plan = plan
+    return loaded
+
+
+@pytest.fixture
+def windows(tokenizer, data_dir):
+    """Windows of a split: train (random) or test (evenly spread)."""
+
+    def cut(split, samples, config=LORA):
+        seed = 0 if split == "train" else None
+        return load_windows(
+            tokenizer, "wikitext2", split, seq_len=config.seq_len, samples=samples, data_dir=str(data_dir), seed=seed
+        )
+
+    return cut
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def changed(model, before) -> set[str]:
+    """Last parts of the names of the weights that are not what they were."""
+    assert model.state_dict().keys() == before.keys()
+    return {name.split(".")[-2] for name, value in model.state_dict().items() if not value.equal(before[name])}
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=random_windows(2, 16)).logits
+
+
+@pytest.mark.parametrize("config", [LORA, FULL], ids=["lora", "full"])
+def test_training_lowers_the_loss_and_the_ppl_of_text_it_never_saw(pruned, windows, config):
+    train, test = windows("train", config.samples), windows("test", 12)
+    assert len(train) == config.samples
+    before = perplexity(pruned.model, train), perplexity(pruned.model, test)
+    record = finetune(pruned, config, train, seed=0)
+    after = perplexity(pruned.model, train), perplexity(pruned.model, test)
+    assert after[0] < 0.9 * before[0] and after[1] < 0.9 * before[1]
+    assert record["steps"] == 48 // 8 * 2 and record["method"] == config.method and record["learning_rate"] == config.lr
+    assert record["loss_first"] == pytest.approx(math.log(before[0]), rel=0.2)  # one batch, against the mean of all
+    assert record["loss_last"] < record["loss_first"]
+
+
+def test_the_first_logged_loss_is_the_models_own_on_the_same_tokens(pruned, windows):
+    train = windows("train", 8)
+    expected = math.log(perplexity(pruned.model, train))
+    config = replace(LORA, samples=8, epochs=1, batch_size=4, grad_accum=2)  # one step over all of them
+    assert finetune(pruned, config, train, seed=0)["loss_first"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_lora_leaves_a_plain_model_of_the_same_shapes(pruned, windows):
+    model, kinds = pruned.model, [type(module) for module in pruned.model.modules()]
+    before = weights(model)
+    record = finetune(pruned, SHORT, windows("train", 8), seed=0)
+    assert pruned.model is model and [type(module) for module in model.modules()] == kinds
+    assert {name: value.shape for name, value in before.items()} == {n: v.shape for n, v in model.state_dict().items()}
+    assert not hasattr(model, "peft_config") and "forward" not in vars(model)
+    assert not model.training and model.config.use_cache is True and not any(p.requires_grad for p in model.parameters())
+    rank = sum(sum(value.shape) for name, value in before.items() if "_proj" in name) * SHORT.lora.r
+    assert record["trainable_parameters"] == rank
+    finetune(pruned, SHORT, windows("train", 8), seed=0)  # and once more: nothing of the first time is in the way
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    ("attention", "mlp", "expected"),
+    [
+        (True, False, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (False, True, {"gate_proj", "up_proj", "down_proj"}),
+        (True, True, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_lora_changes_its_targets_and_nothing_else(pruned, windows, attention, mlp, expected):
+    before = weights(pruned.model)
+    config = replace(SHORT, lora=LoraConfig(target_attention=attention, target_mlp=mlp))
+    finetune(pruned, config, windows("train", 8), seed=0)
+    assert changed(pruned.model, before) == expected
+
+
+def test_full_fine_tuning_changes_every_weight(pruned, windows):
+    before = weights(pruned.model)
+    record = finetune(pruned, replace(SHORT, method="full"), windows("train", 8), seed=0)
+    assert all(not value.equal(before[name]) for name, value in pruned.model.state_dict().items())
+    assert record["trainable_parameters"] == pruned.plan.total_params
+
+
+def test_the_saved_adapter_on_the_old_weights_is_the_merged_model(pruned, windows, tmp_path):
+    before = weights(pruned.model)
+    untrained = logits(pruned.model)
+    finetune(pruned, LORA, windows("train", 48), seed=0, adapter_dir=tmp_path / "adapter")
+    merged = logits(pruned.model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]  # no temporary sibling
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    pruned.model.load_state_dict(before)
+    adapted = peft.PeftModel.from_pretrained(pruned.model, str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(adapted), merged, rtol=1e-4, atol=1e-4)
+    assert (merged - untrained).abs().max() > 0.1
+
+
+def test_a_new_adapter_replaces_an_old_one_whole(pruned, windows, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "stale.txt").write_text("of an earlier run")
+    finetune(pruned, SHORT, windows("train", 8), seed=0, adapter_dir=folder)
+    assert "stale.txt" not in {path.name for path in folder.iterdir()}
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained_dir, windows):
+    results = []
+    for seed in (3, 3, 4):
+        loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32")
+        finetune(loaded, SHORT, windows("train", 8), seed=seed)
+        results.append(loaded.model.model.layers[0].self_attn.q_proj.weight)
+    assert results[0].equal(results[1]) and not results[0].equal(results[2])
+
+
+@each_architecture
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_every_pruned_architecture_trains_and_reloads(changes, method, tokenizer, tmp_path):
+    model = tiny_model(**changes)
+    plan = random_plan(geometry_of(model))
+    apply_plan(LayerRunner(model), plan)
+    loaded = LoadedModel(model, tokenizer, plan, {})
+    rows = random_windows(8, 16)
+    before = perplexity(model, rows)
+    finetune(loaded, replace(FULL, method=method, lr=5e-3, epochs=4, grad_accum=1, warmup_steps=0), rows, seed=0)
+    assert perplexity(loaded.model, rows) < before
+    save_model(tmp_path / "m.bin", loaded)
+    again = load_model(find_model(str(tmp_path / "m.bin"), "--model_path"), dtype="float32", device="cpu")
+    assert again.plan == plan and logits(again.model).equal(logits(loaded.model))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_half_precision_stays_half_and_small_steps_still_count(pruned, windows, method):
+    pruned.model.bfloat16()
+    pruned.model.model.rotary_emb = tiny_model().model.rotary_emb  # float32, as load_model leaves it
+    table = pruned.model.model.rotary_emb.inv_freq.clone()
+    train = windows("train", 48)
+    before = perplexity(pruned.model, train)
+    config = replace(FULL, lr=2e-4, epochs=4) if method == "full" else LORA
+    finetune(pruned, config, train, seed=0)
+    assert {value.dtype for value in pruned.model.parameters()} == {torch.bfloat16}
+    assert pruned.model.model.rotary_emb.inv_freq.equal(table)
+    assert perplexity(pruned.model, train) < 0.95 * before
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_loss_that_is_not_a_number_stops_with_advice_and_leaves_nothing(pruned, windows, tmp_path, method):
+    pruned.model.model.norm.weight.data[0] = math.nan
+    before = weights(pruned.model)
+    with pytest.raises(RunError, match="loss became nan in step 1: use LoRA .*--use_lora --lora_target_attention") as error:
+        finetune(pruned, replace(SHORT, method=method), windows("train", 8), seed=0, adapter_dir=tmp_path / "adapter")
+    assert "\n" not in str(error.value) and "--lora_target_mlp --lr 2e-4" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    assert pruned.model.state_dict().keys() == before.keys()  # no adapter is left in the model
+    assert pruned.model.config.use_cache is True and not pruned.model.training
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_broken_gradient_of_the_very_last_step_stops_before_the_weights(pruned, windows, monkeypatch, max_grad_norm):
+    backward_passes = []
+
+    class Broken(finetuner._Trainer):
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            backward_passes.append(loss)
+            if len(backward_passes) == 2:  # of two
+                next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
+            return loss
+
+    monkeypatch.setattr(finetuner, "_Trainer", Broken)
+    with pytest.raises(RunError, match="gradient norm became (inf|nan) in step 2"):
+        finetune(pruned, replace(SHORT, method="full", max_grad_norm=max_grad_norm), windows("train", 8), seed=0)
+    assert all(torch.isfinite(value).all() for value in pruned.model.parameters())
+
+
+def test_an_interrupted_lora_gives_the_old_weights_back(pruned, windows, monkeypatch):
+    before = weights(pruned.model)
+
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuner._Progress, "on_step_end", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(pruned, SHORT, windows("train", 8), seed=0)
+    assert changed(pruned.model, before) == set()
+
+
+def test_progress_is_plain_lines_that_name_first_and_last_step(pruned, windows, caplog, capfd, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("LLMPruner"), "propagate", True)
+    config = replace(LORA, samples=43, epochs=1, batch_size=1, grad_accum=1, lr=1e-3)
+    with caplog.at_level(logging.INFO, "LLMPruner"):
+        finetune(pruned, config, windows("train", 43), seed=0)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
+    assert lines[0].startswith("step 1 of 43  loss ") and lines[-1].startswith("step 43 of 43  loss ")
+    assert 20 <= len(lines) <= 24 and "lr" in lines[1]
+    output = capfd.readouterr()
+    assert "it/s" not in output.err and "train_runtime" not in output.out
+
+
+def test_warm_up_takes_at_most_a_tenth_of_the_steps():
+    arguments = {"folder": "unused", "device": torch.device("cpu"), "precision": torch.float32, "seed": 0}
+    config = replace(LORA, epochs=3, batch_size=1, grad_accum=4, warmup_steps=100)
+    assert finetuner._arguments(config, 1000, **arguments).warmup_steps == 75  # of 750
+    assert finetuner._arguments(replace(config, warmup_steps=10), 1000, **arguments).warmup_steps == 10
+    assert finetuner._arguments(config, 9, **arguments).warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "native_bf16", "expected"),
+    [
+        ("cpu", torch.bfloat16, True, (False, False, False)),
+        ("cuda", torch.float32, True, (False, False, True)),  # --dtype float32 is the cure for NaN: no autocast
+        ("cuda", torch.bfloat16, True, (True, False, True)),
+        ("cuda", torch.float16, True, (True, False, True)),
+        ("cuda", torch.float16, False, (False, True, True)),
+    ],
+)
+def test_autocast_and_checkpointing_only_where_they_make_sense(monkeypatch, device, precision, native_bf16, expected):
+    monkeypatch.setattr(finetuner, "TrainingArguments", lambda **settings: SimpleNamespace(n_gpu=4, **settings))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native_bf16)
+    arguments = finetuner._arguments(LORA, 8, "unused", torch.device(device), precision, 0)
+    assert (arguments.bf16, arguments.fp16, arguments.gradient_checkpointing) == expected
+    assert arguments._n_gpu == 1 and arguments.use_cpu == (device == "cpu")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_gradient_checkpointing_changes_no_result(trained_dir, windows, monkeypatch, method):
+    make, results = finetuner._arguments, []
+    for checkpointing in (False, True):
+        loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
+
+        def arguments(*args, on=checkpointing):
+            made = make(*args)
+            made.gradient_checkpointing = on
+            return made
+
+        monkeypatch.setattr(finetuner, "_arguments", arguments)
+        finetune(loaded, replace(SHORT, method=method), windows("train", 8), seed=0)
+        assert not loaded.model.is_gradient_checkpointing and not loaded.model.model.embed_tokens._forward_hooks
+        results.append(logits(loaded.model))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+def test_training_reads_the_train_split_and_no_other(tokenizer, data_dir, tmp_path):
+    (tmp_path / "wikitext-2-raw").mkdir()
+    train = (data_dir / "wikitext-2-raw" / "train.txt").read_text()
+    (tmp_path / "wikitext-2-raw" / "train.txt").write_text(train)
+    rows = finetuner.training_windows(tokenizer, LORA, str(tmp_path), seed=1)
+    text = "\n\n".join(train.strip().split("\n"))
+    assert rows.shape == (48, 32) and rows.dtype == torch.int64
+    assert all(tokenizer.decode(row).strip() in text for row in rows)
+    assert not rows.equal(finetuner.training_windows(tokenizer, LORA, str(tmp_path), seed=2))
+
+
+def test_recover_writes_the_model_and_how_it_came_about(pruned, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Run(Path("prune_log/exp"), "script.py", ["--flag"], seed=5) as run:
+        record = recover(pruned, SHORT, run, data_dir=str(data_dir), seed=5, save=True)
+    source = find_model("prune_log/exp/pytorch_model_finetuned.bin", "--model_path")
+    loaded = load_model(source, dtype="float32", device="cpu")
+    assert logits(loaded.model).equal(logits(pruned.model)) and loaded.plan == pruned.plan
+    finetuning = loaded.provenance["finetune"]
+    expected = {
+        "method": "lora",
+        "lr": 1e-2,
+        "samples": 8,
+        "windows": 8,
+        "epochs": 1,
+        "seq_len": 32,
+        "corpus": "wikitext2",
+        "split": "train",
+        "seed": 5,
+        "base_checkpoint": "prune_log/exp/pytorch_model.bin",
+    }
+    assert expected.items() <= finetuning.items() and finetuning["lora"]["r"] == 8
+    assert finetuning["versions"].keys() >= {"torch", "transformers", "peft"}
+    assert {"train", "save"} == {stage["stage"] for stage in run.stages} and json.dumps(record)
+    assert Path("prune_log/exp/adapter/adapter_config.json").is_file()
+
+
+def test_recover_without_save_writes_no_model(pruned, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Run(Path("prune_log/exp"), "script.py", [], seed=0) as run:
+        recover(pruned, SHORT, run, data_dir=str(data_dir), seed=0, save=False)
+    assert [path.name for path in Path("prune_log/exp").iterdir()] == [run.timestamp_dir.name]
