@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -229,12 +228,12 @@ def test_an_interrupted_lora_gives_the_old_weights_back(pruned, windows, monkeyp
     assert changed(pruned.model, before) == set()
 
 
-def test_progress_is_plain_lines_that_name_first_and_last_step(pruned, windows, caplog, capfd, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("LLMPruner"), "propagate", True)
+def test_progress_is_plain_lines_that_name_first_and_last_step(pruned, windows, capfd, monkeypatch):
+    logged = []
+    monkeypatch.setattr(finetuner.logger, "info", lambda text, *values: logged.append(text % values))
     config = replace(LORA, samples=43, epochs=1, batch_size=1, grad_accum=1, lr=1e-3)
-    with caplog.at_level(logging.INFO, "LLMPruner"):
-        finetune(pruned, config, windows("train", 43), seed=0)
-    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
+    finetune(pruned, config, windows("train", 43), seed=0)
+    lines = [line for line in logged if line.startswith("step ")]
     assert lines[0].startswith("step 1 of 43  loss ") and lines[-1].startswith("step 43 of 43  loss ")
     assert 20 <= len(lines) <= 24 and "lr" in lines[1]
     output = capfd.readouterr()
