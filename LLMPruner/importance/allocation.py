@@ -144,7 +144,8 @@ def _check_feasible(budget: Budget, config: PruneConfig, layers: int) -> None:
 def allocate(budget: Budget, scores: Sequence[float], config: PruneConfig) -> dict[tuple[int, str], int]:
     """Kept units of every selected sublayer, by `(layer, kind)`.
 
-    A sublayer's rate is the strategy's weight to the power of --layer_importance_weight, scaled to meet the budget and clamped to the rate limits, which `make_budget` found to leave enough to remove.
+    A sublayer's rate is the strategy's weight to the power of --layer_importance_weight, scaled to meet the budget
+    and clamped to the rate limits, which `make_budget` found to leave enough to remove.
     """
     layers = sorted({sublayer.layer for sublayer in budget.sublayers})
     positive = dict(zip(layers, _positive([scores[layer] for layer in layers]), strict=True))

@@ -33,8 +33,8 @@ def naive_taylor(model, index: int, windows: torch.Tensor) -> tuple[torch.Tensor
             torch.ones(tokens, mlp.in_features).requires_grad_(),
         )
         hooks = [
-            attention.register_forward_pre_hook(lambda _, x: (x[0] * gates[0].repeat_interleave(geometry.group_width, dim=1),)),
-            mlp.register_forward_pre_hook(lambda _, x: (x[0] * gates[1],)),
+            attention.register_forward_pre_hook(lambda _, x, gates=gates: (x[0] * gates[0].repeat_interleave(geometry.group_width, dim=1),)),
+            mlp.register_forward_pre_hook(lambda _, x, gates=gates: (x[0] * gates[1],)),
         ]
         logits = model(window.unsqueeze(0)).logits[0, :-1]
         loss = functional.cross_entropy(logits, window[1:], reduction="sum")

@@ -186,6 +186,15 @@ def test_half_precision_stays_half_and_small_steps_still_count(pruned, windows, 
     assert perplexity(pruned.model, train) < 0.95 * before
 
 
+def test_small_steps_add_up_while_bfloat16_weights_are_fully_trained():
+    model = tiny_model().bfloat16()
+    norm = model.model.norm.weight  # ones: 1 + 1e-4 is 1 in bfloat16
+    with finetuner.float32_weights(model):
+        for _ in range(100):
+            norm.data += 1e-4
+    assert norm.dtype == torch.bfloat16 and (norm.float() - 1.01).abs().max() < 0.004
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_loss_that_is_not_a_number_stops_with_advice_and_leaves_nothing(pruned, windows, tmp_path, method):
     pruned.model.model.norm.weight.data[0] = math.nan
@@ -246,6 +255,21 @@ def test_warm_up_takes_at_most_a_tenth_of_the_steps():
     assert finetuner._arguments(config, 1000, **arguments).warmup_steps == 75  # of 750
     assert finetuner._arguments(replace(config, warmup_steps=10), 1000, **arguments).warmup_steps == 10
     assert finetuner._arguments(config, 9, **arguments).warmup_steps == 0
+
+
+def test_every_setting_reaches_the_trainer_and_peft():
+    lora = LoraConfig(r=3, alpha=7, dropout=0.25)
+    config = FinetuneConfig(
+        lr=3e-4, epochs=5, batch_size=6, grad_accum=7, max_grad_norm=0.5, warmup_steps=1, weight_decay=0.03, lora=lora
+    )
+    made = finetuner._arguments(config, 1000, "unused", torch.device("cpu"), torch.float32, 11)
+    assert (made.learning_rate, made.num_train_epochs, made.per_device_train_batch_size) == (3e-4, 5, 6)
+    assert (made.gradient_accumulation_steps, made.max_grad_norm, made.weight_decay) == (7, 0.5, 0.03)
+    assert (made.seed, made.data_seed, made.warmup_steps) == (11, 11, 1)
+    assert made.report_to == [] and made.save_strategy == "no" and made.logging_nan_inf_filter is False
+    with finetuner.adapters(tiny_model(), lora, 0) as adapted:
+        settings = adapted.peft_config["default"]
+        assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (3, 7, 0.25)
 
 
 @pytest.mark.parametrize(
