@@ -197,6 +197,8 @@ def _news_rows(split: str) -> list[str]:
     folder = _gensim_data()
     if folder is None:
         raise UsageError("corpus news comes with a package: pip install --no-deps gensim==4.4.0")
-    background = (folder / "lee_background.cor").read_text(encoding="utf-8").split("\n")
-    extra = (folder / "lee.cor").read_text(encoding="utf-8").split("\n")
+    # lee.cor has a pound sign in Latin-1; the rest of both files is ASCII
+    background, extra = (
+        (folder / name).read_text(encoding="latin-1").split("\n") for name in ("lee_background.cor", "lee.cor")
+    )
     return {"train": background[:220], "validation": background[220:250], "test": background[250:] + extra}[split]

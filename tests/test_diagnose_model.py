@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_text
 from safetensors.torch import load_file, save_file
 
 import diagnose_model as script
@@ -63,7 +64,8 @@ def change(path: Path, name: str, tensor: torch.Tensor | None) -> None:
     torch.save({key: value for key, value in payload.items() if value is not None}, path)
 
 
-def test_healthy_models_exit_0_and_speak(pruned, trained_dir, capsys):
+def test_healthy_models_exit_0_and_speak(pruned, trained_dir, capsys, monkeypatch):
+    monkeypatch.setattr("LLMPruner.evaluator.health.TEXT", make_text(1, seed=7))  # the only English the tiny model knows
     for path in (pruned, trained_dir):
         code, out, err = run(capsys, f"--model_path={path}", "--test_forward")
         assert code == 0 and out.splitlines()[0] == "HEALTHY" and err == ""

@@ -143,6 +143,7 @@ def save_with_tokenizer(folder: str, vocab: int, text: str) -> None:
 @pytest.mark.parametrize(("vocab", "text"), [(300, "zebra zebra xylophone " * 99 + make_text(9, 9)), (290, make_text(200, 0))])
 def test_another_tokenizer_is_refused_before_weights_are_read(command, trained_dir, capsys, monkeypatch, vocab, text):
     save_with_tokenizer("other", vocab, text)
+    capsys.readouterr()  # transformers' progress bar
     monkeypatch.setattr("LLMPruner.model.load_model", lambda *_, **__: pytest.fail("weights were read"))
     assert command(f"--original_model={trained_dir}", "--pruned_model=other", "--save_results=r.json") == 2
     error = capsys.readouterr().err

@@ -184,7 +184,7 @@ def expected_shapes(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
 
 def layer_shapes(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> tuple[LayerShape, ...]:
     """Heads and channels of every layer as the tensors say, 0 where one is missing."""
-    rows = lambda index, name: shapes.get(f"model.layers.{index}.{name}.weight", (0,))[0]  # noqa: E731
+    rows = lambda index, name: (shapes.get(f"model.layers.{index}.{name}.weight") or (0,))[0]  # noqa: E731
     width = plan.geometry.head_dim
     return tuple(
         LayerShape(rows(i, "self_attn.q_proj") / width, rows(i, "self_attn.k_proj") / width, rows(i, "mlp.gate_proj"))

@@ -22,26 +22,17 @@ def scored(model, importance: str, windows: torch.Tensor = WINDOWS, seed: int = 
 
 
 def naive_taylor(model, index: int, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token's gate at a time: the squared derivative of the loss by a factor on the unit's inputs at that token."""
-    geometry = geometry_of(model)
-    attention, mlp = model.model.layers[index].self_attn.o_proj, model.model.layers[index].mlp.down_proj
-    tokens = windows.shape[1]
+    """The squared derivative of a window's loss by a factor on each unit's inputs at each token, by plain autograd."""
+    geometry, layer = geometry_of(model), model.model.layers[index]
     groups, channels = torch.zeros(geometry.num_kv_heads), torch.zeros(geometry.intermediate_size)
     for window in windows:
-        gates = (
-            torch.ones(tokens, geometry.num_kv_heads, requires_grad=True),
-            torch.ones(tokens, mlp.in_features).requires_grad_(),
-        )
-        hooks = [
-            attention.register_forward_pre_hook(lambda _, x, gates=gates: (x[0] * gates[0].repeat_interleave(geometry.group_width, dim=1),)),
-            mlp.register_forward_pre_hook(lambda _, x, gates=gates: (x[0] * gates[1],)),
-        ]
-        logits = model(window.unsqueeze(0)).logits[0, :-1]
-        loss = functional.cross_entropy(logits, window[1:], reduction="sum")
-        by_group, by_channel = torch.autograd.grad(loss, gates)
-        groups += by_group.square().sum(0)
-        channels += by_channel.square().sum(0)
-        for hook in hooks:
+        for linear, sums in ((layer.self_attn.o_proj, groups), (layer.mlp.down_proj, channels)):
+            gate = torch.ones(len(window), len(sums), requires_grad=True)
+            wide = gate.repeat_interleave(linear.in_features // len(sums), dim=1)
+            hook = linear.register_forward_pre_hook(lambda _, args, wide=wide: (args[0] * wide,))
+            logits = model(window.unsqueeze(0)).logits[0, :-1]
+            loss = functional.cross_entropy(logits, window[1:], reduction="sum")
+            sums += torch.autograd.grad(loss, gate)[0].square().sum(0)
             hook.remove()
     return groups / windows.numel(), channels / windows.numel()
 
