@@ -126,7 +126,7 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
             save_model(run.dir / "pytorch_model.bin", loaded)
         logger.info("saved %s", run.dir / "pytorch_model.bin")
     if job.finetune is not None:
-        _finetune(job, run, loaded)
+        _finetune(job, run, loaded, windows.finetuning)
         results["finetuned"] = _measure(run, loaded, windows.evaluation, "finetuned")
     _finish(job, run, plan, results)
     return loaded
@@ -176,6 +176,7 @@ class JobWindows:
     layers: torch.Tensor
     calibration: torch.Tensor
     evaluation: dict[str, torch.Tensor]
+    finetuning: torch.Tensor | None
 
 
 def cut_windows(job: PruneJob, tokenizer: Any) -> JobWindows:
@@ -192,7 +193,16 @@ def cut_windows(job: PruneJob, tokenizer: Any) -> JobWindows:
         layers=calibration(config.layer_importance_seq_len, config.layer_importance_samples),
         calibration=calibration(config.calibration_seq_len, config.channel_importance_samples),
         evaluation=load_eval_windows(tokenizer, job.evaluation, data_dir) if job.measures else {},
+        finetuning=_finetuning_windows(job, tokenizer),
     )
+
+
+def _finetuning_windows(job: PruneJob, tokenizer: Any) -> torch.Tensor | None:
+    if job.finetune is None or job.dry_run:
+        return None
+    from LLMPruner.trainer.finetuner import training_windows
+
+    return training_windows(tokenizer, job.finetune, job.run.data_dir, job.run.seed)
 
 
 def _measure(run: Run, loaded: LoadedModel, windows: dict[str, torch.Tensor], label: str) -> list[Perplexity]:
@@ -264,10 +274,11 @@ def _record(job: PruneJob, run: Run, loaded: LoadedModel, plan: PruningPlan) -> 
     }
 
 
-def _finetune(job: PruneJob, run: Run, loaded: LoadedModel) -> None:
-    from LLMPruner.trainer.finetuner import recover
+def _finetune(job: PruneJob, run: Run, loaded: LoadedModel, windows: torch.Tensor) -> None:
+    from LLMPruner.trainer.finetuner import train_and_save
 
-    recover(loaded, job.finetune, run, data_dir=job.run.data_dir, seed=job.run.seed, save=job.save)
+    base = run.dir / "pytorch_model.bin" if job.save else job.source.path
+    run.metrics["training"] = train_and_save(loaded, job.finetune, windows, run, seed=job.run.seed, save=job.save, base=base)
 
 
 def _finish(job: PruneJob, run: Run, plan: PruningPlan, results: dict[str, list[Perplexity]]) -> None:

@@ -31,14 +31,6 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 ADVICE = "use LoRA (--use_lora --lora_target_attention --lora_target_mlp --lr 2e-4), a lower learning rate, or --dtype float32"
 
 
-def recover(
-    loaded: LoadedModel, config: FinetuneConfig, run: Run, *, data_dir: str | None, seed: int, save: bool
-) -> dict[str, Any]:
-    """`train_and_save` on windows cut here, for a model that was pruned in this very run."""
-    windows = training_windows(loaded.tokenizer, config, data_dir, seed)
-    return train_and_save(loaded, config, windows, run, seed=seed, save=save, base=run.dir / "pytorch_model.bin")
-
-
 def training_windows(tokenizer: Any, config: FinetuneConfig, data_dir: str | None, seed: int) -> torch.Tensor:
     """Random windows of the train split, int64 `(samples, seq_len)`. Raises UsageError where the split is too short."""
     length, count = config.seq_len, config.samples

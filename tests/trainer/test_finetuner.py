@@ -23,7 +23,7 @@ from LLMPruner.model import LoadedModel, find_model, load_model, save_model
 from LLMPruner.plan import LayerPlan, PruningPlan
 from LLMPruner.run import Run
 from LLMPruner.trainer import finetuner
-from LLMPruner.trainer.finetuner import finetune, recover
+from LLMPruner.trainer.finetuner import finetune, train_and_save, training_windows
 
 LORA = FinetuneConfig(lr=1e-2, samples=48, epochs=2, seq_len=32, batch_size=4, grad_accum=2, lora=LoraConfig(dropout=0.0))
 FULL = replace(LORA, method="full", lr=2e-3)
@@ -319,10 +319,11 @@ def test_training_reads_the_train_split_and_no_other(tokenizer, data_dir, tmp_pa
     assert not rows.equal(finetuner.training_windows(tokenizer, LORA, str(tmp_path), seed=2))
 
 
-def test_recover_writes_the_model_and_how_it_came_about(pruned, data_dir, tmp_path, monkeypatch):
+def test_train_and_save_writes_the_model_and_how_it_came_about(pruned, data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    windows = training_windows(pruned.tokenizer, SHORT, str(data_dir), 5)
     with Run(Path("prune_log/exp"), "script.py", ["--flag"], seed=5) as run:
-        record = recover(pruned, SHORT, run, data_dir=str(data_dir), seed=5, save=True)
+        record = train_and_save(pruned, SHORT, windows, run, seed=5, save=True, base=run.dir / "pytorch_model.bin")
     source = find_model("prune_log/exp/pytorch_model_finetuned.bin", "--model_path")
     loaded = load_model(source, dtype="float32", device="cpu")
     assert logits(loaded.model).equal(logits(pruned.model)) and loaded.plan == pruned.plan
@@ -345,8 +346,9 @@ def test_recover_writes_the_model_and_how_it_came_about(pruned, data_dir, tmp_pa
     assert Path("prune_log/exp/adapter/adapter_config.json").is_file()
 
 
-def test_recover_without_save_writes_no_model(pruned, data_dir, tmp_path, monkeypatch):
+def test_train_and_save_without_save_writes_no_model(pruned, data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    windows = training_windows(pruned.tokenizer, SHORT, str(data_dir), 0)
     with Run(Path("prune_log/exp"), "script.py", [], seed=0) as run:
-        recover(pruned, SHORT, run, data_dir=str(data_dir), seed=0, save=False)
+        train_and_save(pruned, SHORT, windows, run, seed=0, save=False, base=Path("dense"))
     assert [path.name for path in Path("prune_log/exp").iterdir()] == [run.timestamp_dir.name]
