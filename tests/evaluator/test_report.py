@@ -47,6 +47,7 @@ def test_the_table_is_the_documents_to_the_character():
         ([ORIGINAL, FINETUNED], ["基准", "+190.3% (vs原始)"]),
         ([ORIGINAL, Row("pruned", math.inf, 1)], ["基准", "-"]),
         ([ORIGINAL, Row("pruned", math.nan, 1)], ["基准", "-"]),
+        ([ORIGINAL, Row("pruned", 12.3399, 1)], ["基准", "+0.0%"]),
     ],
 )
 def test_the_first_row_is_the_baseline_and_the_others_say_against_what(rows, changes):
