@@ -178,7 +178,8 @@ def add_training_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
 def check_output_file(path: str, flag: str) -> None:
     """Raise UsageError unless a file can be written at `path`."""
     place = Path(path)
-    if place.is_dir() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+    special = place.exists() and not place.is_file()  # a folder, or a device that a rename would replace
+    if special or not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
         raise UsageError(f"{flag} {path} cannot be written: give a file in an existing, writable folder")
 
 
