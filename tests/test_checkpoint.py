@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from LLMPruner import checkpoint
 from LLMPruner.checkpoint import (
     META_KEYS,
     load_checkpoint,
@@ -20,7 +21,7 @@ from LLMPruner.checkpoint import (
     write_json,
     write_text,
 )
-from LLMPruner.errors import UsageError
+from LLMPruner.errors import RunError, UsageError
 
 META = {key: f'{{"{key}": "ü"}}' for key in META_KEYS[1:]}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,6 +157,15 @@ def test_a_malicious_name_hidden_from_the_scan_is_found_and_not_executed(tmp_pat
             target.writestr(name, code + data[2:] if name.endswith("/data.pkl") else data)
     with pytest.raises(UsageError, match="pickles posix.system"):
         load_checkpoint(evil)
+    assert not mark.exists()
+
+
+def test_what_the_scan_would_miss_is_still_not_executed(tmp_path, monkeypatch):
+    path, mark = tmp_path / "model.bin", tmp_path / "executed"
+    torch.save({"__format__": "LLMPruner/1", **META, "evil": Bomb(mark)}, path)
+    monkeypatch.setattr(checkpoint, "read_meta", lambda _: META)
+    with pytest.raises(RunError, match="damaged"):
+        load_checkpoint(path)
     assert not mark.exists()
 
 

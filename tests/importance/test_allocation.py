@@ -278,9 +278,9 @@ def test_the_base_is_the_model_only_when_all_of_it_is_pruned():
 
 
 def test_the_ratio_is_read_as_typed_not_as_its_binary_neighbour():
-    geometry = replace(TINY, vocab_size=1, hidden_size=1, intermediate_size=10, num_heads=1, num_kv_heads=1, head_dim=1)
-    budget = make_budget(geometry, PruneConfig(0.1, prune_attention=False, prune_mlp=True, round_to=1))
-    assert (budget.base, budget.target) == (120, 12), "0.1 as a float is a little more than a tenth: ceil would give 13"
+    geometry = replace(TINY, vocab_size=1, hidden_size=1, intermediate_size=25, num_heads=1, num_kv_heads=1, head_dim=1)
+    budget = make_budget(geometry, PruneConfig(0.07, prune_attention=False, prune_mlp=True, round_to=1))
+    assert (budget.base, budget.target) == (300, 21), "in floats 0.07 * 300 is a little more than 21: ceil would give 22"
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.4, 0.6, 0.7])
