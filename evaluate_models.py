@@ -21,6 +21,7 @@ from LLMPruner.run import start_logging, stop_logging
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from LLMPruner.evaluator.ppl import Perplexity
 
@@ -65,11 +66,12 @@ def compare(
     sources: Mapping[str, ModelSource], evaluation: EvalConfig, settings: RunConfig, save_results: str | None, lang: str
 ) -> None:
     """Measure one model after the other over the same windows; print the table and write the JSON."""
-    from LLMPruner.model import resolve_device, resolve_dtype, versions
+    from LLMPruner.model import load_tokenizer, resolve_device, resolve_dtype, versions
 
     device = resolve_device(settings.device)
-    windows = shared_windows(sources, evaluation, settings.data_dir)
-    results = {role: measure_model(source, windows, role, settings) for role, source in sources.items()}
+    tokenizers = {role: load_tokenizer(source) for role, source in sources.items()}
+    windows = shared_windows(sources, tokenizers, evaluation, settings.data_dir)
+    results = {role: measure_model(source, tokenizers[role], windows, role, settings) for role, source in sources.items()}
     parameters = {role: source.plan.total_params for role, source in sources.items()}
     print(comparison_table(tables_of(results, parameters), lang))
     if save_results is not None:
@@ -85,16 +87,19 @@ def compare(
         write_json(Path(save_results), results_json(results, parameters, paths, **environment))
 
 
-def shared_windows(sources: Mapping[str, ModelSource], evaluation: EvalConfig, data_dir: str | None) -> dict[str, torch.Tensor]:
+def shared_windows(
+    sources: Mapping[str, ModelSource],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    evaluation: EvalConfig,
+    data_dir: str | None,
+) -> dict[str, torch.Tensor]:
     """Windows `(n, seq_len)` of every corpus, cut with the first model's tokenizer before any weight is read.
 
     Raises UsageError when another model reads the text as other tokens: its PPL per token is then another quantity.
     """
     from LLMPruner.data import token_ids
     from LLMPruner.evaluator.ppl import load_eval_windows
-    from LLMPruner.model import load_tokenizer
 
-    tokenizers = {role: load_tokenizer(source) for role, source in sources.items()}
     first, tokenizer = next(iter(tokenizers.items()))
     windows = load_eval_windows(tokenizer, evaluation, data_dir)
     highest = max(int(rows.max()) for rows in windows.values())
@@ -108,12 +113,18 @@ def shared_windows(sources: Mapping[str, ModelSource], evaluation: EvalConfig, d
     return windows
 
 
-def measure_model(source: ModelSource, windows: dict[str, torch.Tensor], role: str, settings: RunConfig) -> list[Perplexity]:
+def measure_model(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: dict[str, torch.Tensor],
+    role: str,
+    settings: RunConfig,
+) -> list[Perplexity]:
     """PPL of one model on every corpus; the model is gone from memory afterwards."""
     from LLMPruner.evaluator.ppl import measure
     from LLMPruner.model import load_model
 
-    loaded = load_model(source, dtype=settings.dtype, device=settings.device)
+    loaded = load_model(source, dtype=settings.dtype, device=settings.device, tokenizer=tokenizer)
     results = measure(loaded.model, windows, role)
     del loaded
     gc.collect()  # a model may refer to itself: without this, two could be in memory at once

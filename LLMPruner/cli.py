@@ -19,6 +19,7 @@ from LLMPruner.importance.allocation import STRATEGIES
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
 from LLMPruner.methods.repair import REPAIRS
+from LLMPruner.model import DTYPES
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,7 +81,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=defaults.seed, help="seed of every random choice")
     group.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default=defaults.dtype,
         help="precision of the weights; auto: bfloat16 where the hardware is fast at it, else float32",
     )
@@ -197,18 +198,7 @@ def lora_config(args: argparse.Namespace) -> LoraConfig:
 
 def finetune_config(args: argparse.Namespace, prefix: str, method: str) -> FinetuneConfig:
     """Training settings of the flags spelled with `prefix`."""
-    names = (
-        "lr",
-        "samples",
-        "epochs",
-        "seq_len",
-        "batch_size",
-        "grad_accum",
-        "max_grad_norm",
-        "warmup_steps",
-        "weight_decay",
-        "dataset",
-    )
+    names = FinetuneConfig.__dataclass_fields__.keys() - {"method", "lora", "prefix"}
     values = {name: getattr(args, prefix + name) for name in names}
     return FinetuneConfig(method=method, lora=lora_config(args), prefix=f"--{prefix}", **values)
 

@@ -147,20 +147,23 @@ def open_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
     """The named tensors of a dense model one by one, a tied head left out. Raises RunError when a file is unreadable."""
     from safetensors import SafetensorError, safe_open
 
+    tied = source.geometry.tied_embeddings
     if source.kind == "gguf":
         with _quiet_transformers():
-            yield from _untied(source, _load_gguf(source, resolve_dtype("float32", resolve_device("cpu"))).state_dict().items())
+            tensors = _load_gguf(source, resolve_dtype("float32", resolve_device("cpu"))).state_dict().items()
+            yield from _untied(tied, tensors)
         return
     for path in _weight_files(source):
         try:
             with safe_open(path, framework="pt") as handle:
-                yield from _untied(source, ((name, handle.get_tensor(name)) for name in handle.keys()))  # noqa: SIM118
+                yield from _untied(tied, ((name, handle.get_tensor(name)) for name in handle.keys()))  # noqa: SIM118
         except SafetensorError as error:
             raise RunError(f"{path} is damaged and cannot be read: {error}") from error
 
 
-def _untied(source: ModelSource, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    return (pair for pair in tensors if not (source.geometry.tied_embeddings and pair[0] == "lm_head.weight"))
+def _untied(tied: bool, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named tensors without the head, where it is the embedding again."""
+    return (pair for pair in tensors if not (tied and pair[0] == "lm_head.weight"))
 
 
 def build_empty(config: Any, plan: PruningPlan) -> LlamaForCausalLM:
@@ -192,8 +195,8 @@ def assign_weights(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor],
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     tied = model.config.tie_word_embeddings
-    state = {name: tensor.to(dtype) for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")}
-    expected = {name: value.shape for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    state = {name: tensor.to(dtype) for name, tensor in _untied(tied, tensors.items())}
+    expected = {name: value.shape for name, value in _untied(tied, model.state_dict().items())}
     wrong = [name for name in expected.keys() | state.keys() if name not in state or state[name].shape != expected.get(name)]
     if wrong:
         name = min(wrong)
@@ -213,8 +216,7 @@ def save_model(path: Path, loaded: LoadedModel) -> None:
     model = loaded.model
     tensors = {
         name: tensor.detach().clone().contiguous()
-        for name, tensor in model.state_dict().items()
-        if not (model.config.tie_word_embeddings and name == "lm_head.weight")
+        for name, tensor in _untied(model.config.tie_word_embeddings, model.state_dict().items())
     }
     meta = {
         "__config__": model.config.to_json_string(use_diff=False),

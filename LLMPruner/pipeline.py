@@ -78,7 +78,6 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
     if config.layer_importance_file is not None:
         file = Path(config.layer_importance_file)
         importance = LayerImportance.load(file, job.source.fingerprint(), geometry.num_layers)
-        allocate(budget, importance.scores, config)  # the limits are infeasible or not: known without the weights
     if job.save and not job.dry_run:
         size = checkpoint_bytes(geometry.dense_params - budget.target, job.run.dtype)
         require_free_space(folder, size * (2 if job.saves_finetuned else 1), "the checkpoint")
@@ -142,7 +141,7 @@ def make_plan(
     seed: int,
 ) -> PruningPlan:
     """Split the budget over the layers, score the units on `windows` `(n, seq_len)`, keep the best ones."""
-    kept = allocate(budget, layer_scores, config)  # before the slow part: it may find the limits infeasible
+    kept = allocate(budget, layer_scores, config)
     scores = score_units(runner, budget.geometry, config.importance, windows=windows, seed=seed)
     return build_plan(budget.geometry, kept, scores)
 

@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from LLMPruner.forward import LayerRunner
+from LLMPruner.methods.apply import apply_plan
+from LLMPruner.model import LoadedModel, find_model, load_model
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
 
 torch.set_num_threads(2)
@@ -107,6 +110,17 @@ def random_plan(geometry: Geometry, seed: int = 0) -> PruningPlan:
 def random_windows(count: int = 5, seq_len: int = 12, seed: int = 0) -> torch.Tensor:
     """Random token windows `(count, seq_len)`."""
     return torch.randint(VOCAB, (count, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def half_pruned(trained_dir: Path) -> LoadedModel:
+    """The trained tiny model with half of two layers removed and nothing repaired."""
+    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
+    plan = PruningPlan.dense(loaded.plan.geometry)
+    for index in (0, 2):
+        plan = plan.with_layer(index, LayerPlan((1,), tuple(range(0, 96, 3))))
+    apply_plan(LayerRunner(loaded.model), plan)
+    loaded.plan = plan
+    return loaded
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_windows
+from conftest import half_pruned, random_windows
 
 import test_finetuning as script
 from LLMPruner.cli import finetune_config
-from LLMPruner.forward import LayerRunner
-from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import find_model, load_model, save_model
-from LLMPruner.plan import LayerPlan, PruningPlan
 
 ROOT = Path(__file__).parent.parent
 INPUT = "prune_log/pruned/pytorch_model.bin"
@@ -44,14 +41,7 @@ DOCUMENTED = """
 
 @pytest.fixture(scope="session")
 def damaged(trained_dir):
-    """The trained tiny model with half of two layers removed and nothing repaired."""
-    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
-    plan = PruningPlan.dense(loaded.plan.geometry)
-    for index in (0, 2):
-        plan = plan.with_layer(index, LayerPlan((1,), tuple(range(0, 96, 3))))
-    apply_plan(LayerRunner(loaded.model), plan)
-    loaded.plan = plan
-    return loaded
+    return half_pruned(trained_dir)
 
 
 @pytest.fixture

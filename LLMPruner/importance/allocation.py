@@ -106,7 +106,7 @@ def make_budget(geometry: Geometry, config: PruneConfig) -> Budget:
             width = geometry.intermediate_size
             kept = (width, *range((width - 1) // step * step, 0, -step))
             sublayers.append(Sublayer(index, "mlp", kept, geometry.channel_params))
-    selected = sum(sublayer.levels[0] * sublayer.unit_params for sublayer in sublayers)
+    selected = sum(sublayer.size for sublayer in sublayers)
     sublayers = [sublayer for sublayer in sublayers if len(sublayer.levels) > 1]  # one KV group cannot be pruned
     whole = config.prune_attention and config.prune_mlp and len(layers) == geometry.num_layers
     name = ("model" if whole else "selected") if config.ratio_base == "auto" else config.ratio_base
@@ -193,7 +193,7 @@ def _limits(sublayer: Sublayer, config: PruneConfig) -> tuple[int, int]:
 
 def _fill(target: int, active: Sequence[Sublayer], limits: Sequence[tuple[int, int]], weights: Sequence[float]) -> list[float]:
     """Parameters to remove from each sublayer, summing to the target: rate = scale * weight, clamped; scale by bisection."""
-    sizes = [sublayer.levels[0] * sublayer.unit_params for sublayer in active]
+    sizes = [sublayer.size for sublayer in active]
     low = [sublayer.removed(first) for sublayer, (first, _) in zip(active, limits, strict=True)]
     high = [sublayer.removed(last) for sublayer, (_, last) in zip(active, limits, strict=True)]
     mean = sum(weights) / len(weights)
@@ -235,9 +235,8 @@ def _round(target: int, active: Sequence[Sublayer], limits: Sequence[tuple[int, 
 
     while total < target:
         chosen = max(candidates(+1, True) or candidates(+1, False), key=lambda i: (shortfall(i), -i))
-        total -= active[chosen].removed(levels[chosen])
         levels[chosen] += 1
-        total += active[chosen].removed(levels[chosen])
+        total += _undo(active[chosen], levels[chosen])
     while True:
         back = [i for i in candidates(-1, True) + candidates(-1, False) if total - _undo(active[i], levels[i]) >= target]
         if not back:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
+from conftest import each_architecture, geometry_of, half_pruned, random_plan, random_windows, tiny_model
 
 from LLMPruner.config import FinetuneConfig, LoraConfig
 from LLMPruner.data import load_windows
@@ -20,7 +20,6 @@ from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import LoadedModel, find_model, load_model, save_model
-from LLMPruner.plan import LayerPlan, PruningPlan
 from LLMPruner.run import Run
 from LLMPruner.trainer import finetuner
 from LLMPruner.trainer.finetuner import finetune, train_and_save, training_windows
@@ -32,14 +31,7 @@ SHORT = replace(LORA, samples=8, epochs=1, grad_accum=1)  # two steps
 
 @pytest.fixture
 def pruned(trained_dir) -> LoadedModel:
-    """The trained tiny model with half of two layers removed and nothing repaired."""
-    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
-    plan = PruningPlan.dense(loaded.plan.geometry)
-    for index in (0, 2):
-        plan = plan.with_layer(index, LayerPlan((1,), tuple(range(0, 96, 3))))
-    apply_plan(LayerRunner(loaded.model), plan)
-    loaded.plan = plan
-    return loaded
+    return half_pruned(trained_dir)
 
 
 @pytest.fixture
