@@ -23,6 +23,10 @@ class RunConfig:
     device: str = "auto"
     data_dir: str | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # numpy, which the Trainer seeds, takes no more
+            raise UsageError(f"--seed must lie between 0 and {2**32 - 1}, got {self.seed}")
+
 
 @dataclass(frozen=True)
 class EvalConfig:

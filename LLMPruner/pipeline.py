@@ -71,8 +71,6 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
     if not job.source.plan.is_dense:
         raise UsageError(f"{job.source.path} is pruned already: prune the dense model it came from with a larger ratio")
     _check_lengths(job)
-    for corpus, split, seq_len in _corpora(job):
-        check_corpus(corpus, job.run.data_dir, split, seq_len)
     budget = make_budget(geometry, config)
     importance = None
     if config.layer_importance_file is not None:
@@ -81,6 +79,8 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
     if job.save and not job.dry_run:
         size = checkpoint_bytes(geometry.dense_params - budget.target, job.run.dtype)
         require_free_space(folder, size * (2 if job.saves_finetuned else 1), "the checkpoint")
+    for corpus, split, seq_len in _corpora(job):  # last: a corpus on the hub may be slow to answer
+        check_corpus(corpus, job.run.data_dir, split, seq_len)
     return budget, importance
 
 

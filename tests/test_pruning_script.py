@@ -152,6 +152,8 @@ def test_every_choice_meets_the_budget(command, flag):
         (["--freeze_top_n_layers=4"], "--freeze_top_n_layers"),
         (["--importance=magic"], "--importance"),
         (["--dtype=int3"], "--dtype"),
+        (["--seed=-1"], "--seed"),
+        (["--seed=4294967296"], "--seed"),
         (["--unknown_flag"], "--unknown_flag"),
         (["--save_ckpt_log_name=a/b"], "--save_ckpt_log_name"),
         (["--save_ckpt_log_name=.."], "--save_ckpt_log_name"),
