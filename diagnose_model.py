@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 from LLMPruner import cli
 from LLMPruner.checkpoint import write_json, write_text
-from LLMPruner.errors import UsageError
+from LLMPruner.errors import DamagedError
 from LLMPruner.model import find_model
 
 if TYPE_CHECKING:
     from LLMPruner.evaluator.health import Diagnosis
-
-WEIGHT_FILES = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,19 +29,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def diagnose(args: argparse.Namespace) -> Diagnosis:
     """Find and examine the model. Raises UsageError where there is none: a file that is there and damaged is a diagnosis."""
+    settings = cli.run_config(args)
     try:
         source = find_model(args.model_path, "--model_path")
-    except UsageError as error:
-        place = Path(args.model_path).expanduser()
-        if not place.is_file() or place.suffix not in WEIGHT_FILES:
-            raise
+    except DamagedError as error:
         from LLMPruner.evaluator.health import unreadable
 
         return unreadable(args.model_path, error)
     from LLMPruner.evaluator.health import diagnose_weights, with_forward
 
     diagnosis = diagnose_weights(source)
-    return with_forward(diagnosis, source, dtype=args.dtype, device=args.device) if args.test_forward else diagnosis
+    return with_forward(diagnosis, source, dtype=settings.dtype, device=settings.device) if args.test_forward else diagnosis
 
 
 def recipe(argv: Sequence[str]) -> int:

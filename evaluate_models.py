@@ -16,7 +16,7 @@ from LLMPruner.config import EvalConfig, RunConfig, require_at_least
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.report import LANGUAGES, ROLES, comparison_table, results_json, tables_of
-from LLMPruner.model import ModelSource, check_seq_len, find_model
+from LLMPruner.model import ModelSource, check_seq_len, check_token_ids, find_model
 from LLMPruner.run import start_logging, stop_logging
 
 if TYPE_CHECKING:
@@ -102,14 +102,12 @@ def shared_windows(
 
     first, tokenizer = next(iter(tokenizers.items()))
     windows = load_eval_windows(tokenizer, evaluation, data_dir)
-    highest = max(int(rows.max()) for rows in windows.values())
     for role, other in tokenizers.items():
         if len(other) != len(tokenizer) or any(
             not token_ids(other, name, "test", data_dir).equal(token_ids(tokenizer, name, "test", data_dir)) for name in windows
         ):
             raise UsageError(f"the tokenizers of --{first}_model and --{role}_model differ: their PPL cannot be compared")
-        if highest >= sources[role].geometry.vocab_size:
-            raise UsageError(f"--{role}_model embeds {sources[role].geometry.vocab_size} tokens, the text has id {highest}")
+        check_token_ids(sources[role], f"--{role}_model", *windows.values())
     return windows
 
 

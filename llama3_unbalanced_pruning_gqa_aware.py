@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from LLMPruner import cli
-from LLMPruner.config import PruneConfig
+from LLMPruner.config import PRESETS, PruneConfig
 from LLMPruner.errors import UsageError
 from LLMPruner.model import find_model
 from LLMPruner.pipeline import PruneJob, preflight, prune
@@ -33,10 +33,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; a preset only moves defaults, so that an explicit flag wins."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.preset is not None:
+        parser.set_defaults(**PRESETS[args.preset])
+        args = parser.parse_args(argv)
+    return args
+
+
 def build_job(args: argparse.Namespace) -> PruneJob:
     """Check the flags and inspect the model; no weights are read."""
     if args.skip_importance_analysis != (args.layer_importance_config is not None):
         raise UsageError("--skip_importance_analysis and --layer_importance_config FILE go together")
+    if args.finetune and args.finetune_method == "full" and (args.lora_target_attention or args.lora_target_mlp):
+        raise UsageError("--lora_target_attention and --lora_target_mlp need --finetune_method lora")
     config: PruneConfig = cli.prune_config(args)
     finetune = cli.finetune_config(args, "finetune_", args.finetune_method)
     return PruneJob(
@@ -54,7 +66,7 @@ def build_job(args: argparse.Namespace) -> PruneJob:
 
 def recipe(argv: Sequence[str]) -> None:
     """Parse, check, run."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     folder = check_experiment(args.save_ckpt_log_name, "--save_ckpt_log_name")
     job = build_job(args)
     budget, importance = preflight(job, folder)

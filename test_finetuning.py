@@ -14,7 +14,7 @@ from LLMPruner.checkpoint import require_free_space
 from LLMPruner.config import EvalConfig, FinetuneConfig, RunConfig
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import UsageError
-from LLMPruner.model import ModelSource, check_seq_len, checkpoint_bytes, find_model
+from LLMPruner.model import ModelSource, check_seq_len, check_token_ids, checkpoint_bytes, find_model
 from LLMPruner.run import Run, check_experiment, logger
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_job(args: argparse.Namespace) -> Job:
     """Check the flags and inspect the model; no weights are read."""
+    if not args.use_lora and (args.lora_target_attention or args.lora_target_mlp):
+        raise UsageError("--lora_target_attention and --lora_target_mlp need --use_lora")
     return Job(
         training=cli.finetune_config(args, "", "lora" if args.use_lora else "full"),
         evaluation=cli.eval_config(args, args.seq_len),
@@ -75,7 +77,8 @@ def preflight(job: Job, folder: Path) -> None:
         output = folder / "pytorch_model_finetuned.bin"
         if output.exists() and output.samefile(job.source.path):
             raise UsageError(f"--save_name {folder.name} would overwrite the input {job.source.path}: choose another name")
-        require_free_space(folder, checkpoint_bytes(job.source.plan.total_params, job.run.dtype), "the checkpoint")
+        size = checkpoint_bytes(job.source.plan.total_params, job.run.dtype, job.run.device)
+        require_free_space(folder, size, "the checkpoint")
 
 
 def train(job: Job, run: Run) -> None:
@@ -89,8 +92,12 @@ def train(job: Job, run: Run) -> None:
         tokenizer = load_tokenizer(job.source)
         windows = training_windows(tokenizer, job.training, data_dir, seed)
         tested = load_eval_windows(tokenizer, job.evaluation, data_dir) if job.test_before or job.test_after else {}
+        check_token_ids(job.source, "--model_path", windows, *tested.values())
         loaded = load_model(job.source, dtype=job.run.dtype, device=job.run.device, tokenizer=tokenizer)
-    run.describe({"model_path": job.source.path, **asdict(job.run), **asdict(job.training)})
+    # An experiment that was pruned under the same name keeps the description and the metrics of its pruning.
+    suffix = "_finetune" if (run.dir / "pytorch_model.bin").exists() else ""
+    settings = {"model_path": job.source.path, **asdict(job.run), **asdict(job.training)}
+    run.describe(settings, f"description{suffix}.txt")
     results: dict[str, list[Perplexity]] = {}
     if job.test_before:
         results["before"] = evaluate(run, loaded.model, tested, "before fine-tuning")
@@ -98,8 +105,7 @@ def train(job: Job, run: Run) -> None:
     if job.test_after:
         results["after"] = evaluate(run, loaded.model, tested, "after fine-tuning")
     run.metrics["ppl"] = {when: [result.as_dict() for result in measured] for when, measured in results.items()}
-    # An experiment that was pruned under the same name keeps the metrics of its pruning.
-    run.save_metrics("metrics_finetune.json" if (run.dir / "pytorch_model.bin").exists() else "metrics.json")
+    run.save_metrics(f"metrics{suffix}.json")
     for before, after in zip(results.get("before", ()), results.get("after", ()), strict=False):
         logger.info("PPL %s %s: %.4f -> %.4f", before.corpus, before.split, before.ppl, after.ppl)
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.errors import RunError, UsageError
+from LLMPruner.errors import DamagedError, RunError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def read_meta(path: Path) -> dict[str, str]:
                 raise UsageError(f"{path} is not a checkpoint of this tool: it is a zip file without tensors")
             pickled = archive.read(names[0])
     except zipfile.BadZipFile as error:
-        raise UsageError(_why_not_a_zip(path)) from error
+        raise _why_not_a_zip(path) from error
     meta, foreign = _scan_pickle(pickled, path)
     if meta.get("__format__") is None:
         reason = f"it pickles {foreign[0]}, and such objects are never unpickled here" if foreign else f"no {FORMAT} header"
@@ -106,7 +106,7 @@ def read_meta(path: Path) -> dict[str, str]:
         raise UsageError(f"{path} has format {meta['__format__']}, this version reads {FORMAT}: update the tool")
     missing = [key for key in ("__config__", "__plan__", "__tokenizer__", "__provenance__") if key not in meta]
     if missing:
-        raise UsageError(f"{path} is damaged: it lacks {missing[0]}")
+        raise DamagedError(f"{path} is damaged: it lacks {missing[0]}")
     return meta
 
 
@@ -123,14 +123,18 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     return payload, meta
 
 
-def _why_not_a_zip(path: Path) -> str:
+def _why_not_a_zip(path: Path) -> UsageError:
     with open(path, "rb") as handle:
         head = handle.read(4)
     if head[:2] == b"PK":
-        return f"{path} is truncated: copy or save it again"
+        return DamagedError(f"{path} is truncated: copy or save it again")
+    if not head:
+        return DamagedError(f"{path} is empty: copy or save it again")
     if head[:1] == b"\x80":
-        return f"{path} is a pickled checkpoint of another tool: Python objects of strangers are never unpickled here"
-    return f"{path} is not a checkpoint of this tool"
+        return UsageError(
+            f"{path} is a pickled checkpoint of another tool: Python objects of strangers are never unpickled here"
+        )
+    return UsageError(f"{path} is not a checkpoint of this tool")
 
 
 def _scan_pickle(pickled: bytes, path: Path) -> tuple[dict[str, str], list[str]]:
@@ -162,7 +166,7 @@ def _scan_pickle(pickled: bytes, path: Path) -> tuple[dict[str, str], list[str]]
             else:
                 key = None
     except ValueError as error:
-        raise UsageError(f"{path} is damaged: its pickle does not parse") from error
+        raise DamagedError(f"{path} is damaged: its pickle does not parse") from error
     return meta, foreign
 
 

@@ -10,16 +10,16 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from LLMPruner.config import EvalConfig, FinetuneConfig, LoraConfig, PruneConfig, RunConfig
+from LLMPruner.config import PRESETS, EvalConfig, FinetuneConfig, LoraConfig, PruneConfig, RunConfig
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.importance.allocation import STRATEGIES
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model import DTYPES
+from LLMPruner.run import existing_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,6 +110,11 @@ def add_prune_flags(parser: argparse.ArgumentParser) -> None:
     def add(group: argparse._ArgumentGroup, name: str, text: str, **options: Any) -> None:
         group.add_argument("--" + name, default=getattr(defaults, name), help=text, **options)
 
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="set --importance, --pruning_strategy and --repair at once; each of these flags given beside it wins",
+    )
     budget = parser.add_argument_group("budget")
     add(budget, "pruning_ratio", "fraction of the parameters to remove, in (0, 1)", type=float)
     add(budget, "prune_attention", "prune KV groups", action=Switch)
@@ -137,6 +142,13 @@ def add_prune_flags(parser: argparse.ArgumentParser) -> None:
         "--skip_importance_analysis", action="store_true", help="re-use the scores of --layer_importance_config"
     )
     layers.add_argument("--layer_importance_config", metavar="FILE", help="layer_importance_config.json of an earlier run")
+
+    search = parser.add_argument_group("search")
+    add(search, "search_generations", "generations of shifted plans after the start", type=int)
+    add(search, "search_tokens", "held-out tokens that KL is measured on", type=int)
+    add(search, "search_minutes", "time after which the best plan so far is taken", type=float)
+    add(search, "resume", "continue the interrupted search of this experiment", action=Switch)
+    add(search, "allow_sublayer_removal", "a whole attention or MLP may go", action=Switch)
 
     units = parser.add_argument_group("units and repair")
     add(units, "importance", "how KV groups and channels are scored", choices=CRITERIA)
@@ -171,14 +183,14 @@ def add_training_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
     add("batch_size", int, "windows per step and device")
     add("grad_accum", int, "steps whose gradients are added up")
     add("max_grad_norm", float, "gradient clipping; 0: none")
-    add("warmup_steps", int, "steps of linear warm-up (at most a tenth of all steps are used)")
+    add("warmup_steps", int, "steps of linear warm-up; default: 100, but at most a tenth of all steps")
     add("weight_decay", float, "AdamW weight decay")
     add("dataset", str, "corpus to train on (its train split), or a local text file")
 
 
 def check_output_file(path: str, flag: str) -> None:
     """Raise UsageError unless a file can be written at `path`."""
-    place = Path(path)
+    place = existing_path(path, flag)
     special = place.exists() and not place.is_file()  # a folder, or a device that a rename would replace
     if special or not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
         raise UsageError(f"{flag} {path} cannot be written: give a file in an existing, writable folder")

@@ -74,7 +74,7 @@ class FinetuneConfig:
     batch_size: int = 1
     grad_accum: int = 4
     max_grad_norm: float = 1.0
-    warmup_steps: int = 100
+    warmup_steps: int | None = None  # None: 100, but at most a tenth of all steps
     weight_decay: float = 0.01
     dataset: str = "wikitext2"
     lora: LoraConfig = LoraConfig()
@@ -88,15 +88,31 @@ class FinetuneConfig:
         for name in ("samples", "epochs", "batch_size", "grad_accum"):
             require_at_least(self.prefix + name, getattr(self, name), 1)
         require_at_least(self.prefix + "seq_len", self.seq_len, 2)
-        require_at_least(self.prefix + "warmup_steps", self.warmup_steps, 0)
+        if self.warmup_steps is not None:
+            require_at_least(self.prefix + "warmup_steps", self.warmup_steps, 0)
         for name in ("max_grad_norm", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise UsageError(f"{self.prefix}{name} must be 0 or more, got {getattr(self, name)}")
+
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of a training of `steps`: as given, else few enough that a short run is not spent warming up."""
+        return min(100, steps // 10) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def learning_rate(self) -> float:
         """The given rate, or the method's usual one."""
         return self.lr if self.lr is not None else {"lora": 2e-4, "full": 1e-5}[self.method]
+
+
+# The published methods as points of one space, and the best one: the three choices in one word.
+PRESETS = {
+    "seed": {"importance": "taylor", "pruning_strategy": "inverse", "repair": "none"},
+    "llm-pruner": {"importance": "taylor", "pruning_strategy": "uniform", "repair": "none"},
+    "wanda-sp": {"importance": "wanda", "pruning_strategy": "uniform", "repair": "none"},
+    "flap": {"importance": "flap", "pruning_strategy": "global", "repair": "bias"},
+    "osscar": {"importance": "obs", "pruning_strategy": "uniform", "repair": "least_squares"},
+    "best": {"importance": "obs", "pruning_strategy": "search", "repair": "least_squares"},
+}
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,11 @@ class PruneConfig:
     channel_importance_samples: int = 32
     calibration_seq_len: int = 512
     calibration_dataset: str = "wikitext2"
+    allow_sublayer_removal: bool = False  # a sublayer may lose its last unit
+    search_generations: int = 60
+    search_tokens: int = 512  # held-out tokens that the search measures KL on
+    search_minutes: float = 10.0
+    resume: bool = False  # continue the experiment's interrupted search
 
     def __post_init__(self) -> None:
         if not 0 < self.pruning_ratio < 1:
@@ -144,6 +165,13 @@ class PruneConfig:
                 f"got {self.min_pruning_rate} and {self.max_pruning_rate}"
             )
         require_at_least("--freeze_top_n_layers", self.freeze_top_n_layers, 0)
+        require_at_least("--search_generations", self.search_generations, 0)
+        require_at_least("--search_tokens", self.search_tokens, 2)
+        if not (math.isfinite(self.search_minutes) and self.search_minutes > 0):
+            raise UsageError(f"--search_minutes must be a positive number, got {self.search_minutes}")
+        for flag in ("resume", "allow_sublayer_removal"):
+            if getattr(self, flag) and self.pruning_strategy != "search":
+                raise UsageError(f"--{flag} needs --pruning_strategy search")
 
     def layer_range(self, num_layers: int) -> range:
         """The layers to prune. Raises UsageError where the range is empty or leaves the model."""

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import socket
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from LLMPruner.errors import UsageError
+from LLMPruner.run import existing_path
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +61,9 @@ def check_corpus(name: str, data_dir: str | None, split: str, seq_len: int = 1) 
 
     No tokenizer is needed: a token is at least one byte.
     """
-    if data_dir is not None and not Path(data_dir).is_dir():
+    if data_dir is not None and not existing_path(data_dir, "--data_dir").is_dir():
         raise UsageError(f"--data_dir {data_dir} is not a folder")
-    if name in CORPORA or Path(name).is_file():
+    if name in CORPORA or existing_path(name, "corpus").is_file():
         if Path(name).suffix not in SUFFIXES and name not in CORPORA:
             raise UsageError(f"corpus file {name} must end in {', '.join(SUFFIXES)}")
         size = len(load_text(name, split, data_dir).encode())
@@ -123,6 +127,8 @@ def load_windows(
     if count < 1:
         raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")
     windows = ids[: count * seq_len].view(count, seq_len)
+    if name not in CORPORA and split != "train":
+        logger.warning("corpus file %s has no splits: what is measured on it must not have been calibrated on it", name)
     if 0 < samples < count:
         if seed is None:
             chosen = torch.linspace(0, count - 1, samples, dtype=torch.float64).long()  # the first and the last included
@@ -139,7 +145,7 @@ def load_windows(
 
 def _local_file(name: str, data_dir: str | None, split: str) -> Path | None:
     if name not in CORPORA:
-        return Path(name)
+        return Path(name).expanduser()
     if data_dir is None:
         return None
     for suffix in SUFFIXES:
@@ -169,8 +175,13 @@ def _read_file(path: Path, column: str) -> list[str]:
 
 
 def _hub_rows(name: str, split: str) -> list[str]:
+    if not _hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported: what is cached still loads, at once
     import datasets
+    import huggingface_hub.constants
 
+    if "HF_HUB_OFFLINE" in os.environ:
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     corpus = CORPORA[name]
     files = None if corpus.files is None else {split: corpus.files.get(split, corpus.files["validation"])}
     try:
@@ -182,6 +193,17 @@ def _hub_rows(name: str, split: str) -> list[str]:
             f"put {corpus.folder}/{split}.txt (one row a line) into a folder and pass --data_dir FOLDER"
         ) from error
     return list(table[corpus.column])
+
+
+@lru_cache(maxsize=1)
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: asked once and briefly, for the libraries would retry for half a minute."""
+    place = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        socket.create_connection((place.hostname or "", place.port or 443), timeout=3).close()
+    except OSError:
+        return any(name in os.environ for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"))
+    return True
 
 
 def _gensim_data() -> Path | None:

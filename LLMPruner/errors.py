@@ -7,5 +7,9 @@ class UsageError(ValueError):
     """The command was wrong: exit code 2, and nothing was changed on disk."""
 
 
+class DamagedError(UsageError):
+    """The file named is there, is of the right kind, and is damaged: for a diagnosis that is a finding."""
+
+
 class RunError(RuntimeError):
     """The command was right and the run failed: exit code 1."""

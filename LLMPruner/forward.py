@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from LLMPruner.removed import RemovedAttention, RemovedMLP
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
@@ -62,12 +64,16 @@ class LayerRunner:
     def attention(self, index: int, hidden: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
         """Hidden states after the attention of layer `index`; `observe` sees each batch of o_proj's inputs."""
         layer = self.decoder_layer(index)
+        if isinstance(layer.self_attn, RemovedAttention):
+            return hidden
         return self._map(hidden, lambda batch: self._attention(layer, batch), layer.self_attn.o_proj, observe)
 
     @torch.no_grad()
     def mlp(self, index: int, hidden: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
         """Hidden states after the MLP of layer `index`; `observe` sees each batch of down_proj's inputs."""
         layer = self.decoder_layer(index)
+        if isinstance(layer.mlp, RemovedMLP):
+            return hidden
         return self._map(hidden, lambda batch: _mlp(layer, batch), layer.mlp.down_proj, observe)
 
     def layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -90,6 +96,20 @@ class LayerRunner:
             nll = torch.cat([self._nll(rows, wanted) for rows, wanted in self._chunks(inputs.flatten(0, 1), targets.flatten())])
             totals.append(nll.view(targets.shape).sum(1, dtype=torch.float64).cpu())
         return torch.cat(totals)
+
+    @torch.no_grad()
+    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token log-probabilities `(n, seq_len, vocab)`, float32, from the last hidden states: for few tokens only."""
+        return self.model.lm_head(self.model.model.norm(hidden)).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def divergence(self, hidden: torch.Tensor, reference: torch.Tensor) -> float:
+        """Mean KL(reference || model), nats a token, from the last hidden states and the log-probabilities of a reference."""
+        total = 0.0
+        for rows, wanted in self._chunks(hidden.flatten(0, 1), reference.flatten(0, 1)):
+            ours = self.log_probs(rows)
+            total += functional.kl_div(ours, wanted, reduction="sum", log_target=True).double().item()
+        return total / (hidden.shape[0] * hidden.shape[1])
 
     def gate_gradients(self, windows: torch.Tensor, visit: Callable[[int, torch.Tensor, torch.Tensor], None]) -> None:
         """Gradients of the summed loss with respect to gates of one on every o_proj and down_proj input, per token.

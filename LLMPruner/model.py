@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.checkpoint import load_checkpoint, read_meta, save_checkpoint
-from LLMPruner.errors import RunError, UsageError
+from LLMPruner.errors import DamagedError, RunError, UsageError
 from LLMPruner.plan import Geometry, PruningPlan
+from LLMPruner.run import existing_path
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def find_model(path: str | None, flag: str) -> ModelSource:
     """
     if path is None or path == EMBEDDED:
         return _inspect_gguf(_embedded_model(flag))
-    place = Path(path).expanduser()
+    place = existing_path(path, flag)
     if place.is_dir():
         return _inspect_directory(place)
     if place.is_file():
@@ -102,6 +103,13 @@ def check_seq_len(source: ModelSource, flag: str, seq_len: int) -> None:
         raise UsageError(f"{flag} {seq_len} is longer than the model's {positions} positions")
 
 
+def check_token_ids(source: ModelSource, flag: str, *windows: torch.Tensor | None) -> None:
+    """Raise UsageError when the windows have tokens that the model does not embed: its tokenizer is another model's."""
+    highest = max((int(rows.max()) for rows in windows if rows is not None), default=0)
+    if highest >= source.geometry.vocab_size:
+        raise UsageError(f"{flag} embeds {source.geometry.vocab_size} tokens, but its tokenizer gives the text id {highest}")
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The model's tokenizer alone, so that data can be checked before any weight is read."""
     from transformers import AutoTokenizer
@@ -110,7 +118,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         if source.kind == "gguf":
             return AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
         if source.kind == "hf":
-            return AutoTokenizer.from_pretrained(source.path)
+            try:
+                return AutoTokenizer.from_pretrained(source.path)
+            except Exception as error:  # each broken file raises its own kind
+                raise UsageError(f"{source.path} has no usable tokenizer: {str(error).splitlines()[0]}") from error
         with tempfile.TemporaryDirectory() as folder:
             for name, text in json.loads(source.meta["__tokenizer__"]).items():
                 if name not in TOKENIZER_FILES:
@@ -169,25 +180,44 @@ def _untied(tied: bool, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator
 def build_empty(config: Any, plan: PruningPlan) -> LlamaForCausalLM:
     """A LlamaForCausalLM on the meta device whose layers have the plan's shapes: weights are to be assigned to it."""
     import torch
-    from torch import nn
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-        for layer, kept in zip(model.model.layers, plan.layers, strict=True):
-            queries = len(kept.kv_groups) * plan.geometry.group_width
-            keys = len(kept.kv_groups) * plan.geometry.head_dim
-            hidden, bias = plan.geometry.hidden_size, plan.geometry.attention_bias
-            layer.self_attn.q_proj = nn.Linear(hidden, queries, bias=bias)
-            layer.self_attn.k_proj = nn.Linear(hidden, keys, bias=bias)
-            layer.self_attn.v_proj = nn.Linear(hidden, keys, bias=bias)
-            layer.self_attn.o_proj = nn.Linear(queries, hidden, bias=bias)
-            width, bias = len(kept.channels), plan.geometry.mlp_bias
-            layer.mlp.gate_proj = nn.Linear(hidden, width, bias=bias)
-            layer.mlp.up_proj = nn.Linear(hidden, width, bias=bias)
-            layer.mlp.down_proj = nn.Linear(width, hidden, bias=bias)
-            layer.mlp.intermediate_size = width
+        for index, layer in enumerate(model.model.layers):
+            _shape_attention(layer, plan, index)
+            _shape_mlp(layer, plan, index)
     return model
+
+
+def _shape_attention(layer: torch.nn.Module, plan: PruningPlan, index: int) -> None:
+    from torch import nn
+
+    from LLMPruner.removed import RemovedAttention
+
+    geometry, groups = plan.geometry, plan.kv_counts[index]
+    if not groups:
+        layer.self_attn = RemovedAttention()
+        return
+    queries, keys = groups * geometry.group_width, groups * geometry.head_dim
+    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        setattr(layer.self_attn, name, nn.Linear(geometry.hidden_size, rows, bias=geometry.attention_bias))
+    layer.self_attn.o_proj = nn.Linear(queries, geometry.hidden_size, bias=plan.attention_output_bias(index))
+
+
+def _shape_mlp(layer: torch.nn.Module, plan: PruningPlan, index: int) -> None:
+    from torch import nn
+
+    from LLMPruner.removed import RemovedMLP
+
+    geometry, width = plan.geometry, plan.channel_counts[index]
+    if not width:
+        layer.mlp = RemovedMLP()
+        return
+    for name in ("gate_proj", "up_proj"):
+        setattr(layer.mlp, name, nn.Linear(geometry.hidden_size, width, bias=geometry.mlp_bias))
+    layer.mlp.down_proj = nn.Linear(width, geometry.hidden_size, bias=plan.mlp_output_bias(index))
+    layer.mlp.intermediate_size = width
 
 
 def assign_weights(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> LlamaForCausalLM:
@@ -215,8 +245,7 @@ def save_model(path: Path, loaded: LoadedModel) -> None:
     """Write our `.bin`: weights (tied head once), config, plan, tokenizer, provenance."""
     model = loaded.model
     tensors = {
-        name: tensor.detach().clone().contiguous()
-        for name, tensor in _untied(model.config.tie_word_embeddings, model.state_dict().items())
+        name: _owned(tensor.detach()) for name, tensor in _untied(model.config.tie_word_embeddings, model.state_dict().items())
     }
     meta = {
         "__config__": model.config.to_json_string(use_diff=False),
@@ -226,6 +255,12 @@ def save_model(path: Path, loaded: LoadedModel) -> None:
         "__provenance__": json.dumps(loaded.provenance),
     }
     save_checkpoint(path, tensors, meta)
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where it owns all of its storage, else a copy: a view would save its whole base."""
+    owns = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if owns else tensor.clone().contiguous()
 
 
 def versions() -> dict[str, str]:
@@ -238,9 +273,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def checkpoint_bytes(params: int, dtype: str) -> int:
-    """An upper estimate of our `.bin`'s size: the weights, and 32 MB for tokenizer and headers."""
-    return params * (2 if dtype in ("bfloat16", "float16") else 4) + (32 << 20)
+def checkpoint_bytes(params: int, dtype: str, device: str) -> int:
+    """An upper estimate of our `.bin`'s size: the weights, and 32 MB for tokenizer and headers.
+
+    Raises UsageError for a device this machine lacks.
+    """
+    return params * resolve_dtype(dtype, resolve_device(device)).itemsize + (32 << 20)
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -256,6 +294,8 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise ValueError("meta tensors hold no data")
         torch.empty(0, device=device)
     except Exception as error:  # torch raises RuntimeError, AssertionError and others for one and the same thing
         raise UsageError(f"--device {name} is not available here: use cpu, cuda, cuda:N, mps or auto") from error
@@ -297,8 +337,17 @@ def _inspect_directory(folder: Path) -> ModelSource:
         raise UsageError(f"{folder} is not a Llama: its model_type is {kind!r}, this tool prunes model_type 'llama'")
     geometry = Geometry.from_config(config)
     source = ModelSource(folder, "hf", geometry, PruningPlan.dense(geometry))
+    if "quantization_config" in config:
+        raise UsageError(f"{folder} is quantized: pass the model in full precision and quantize what was pruned")
     if not _weight_files(source):
         raise UsageError(f"{folder} has no *.safetensors weights: convert the model to safetensors first")
+    if not (folder / "tokenizer.json").is_file():
+        raise UsageError(f"{folder} has no tokenizer.json: save the model's fast tokenizer beside its weights")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            if not (folder / name).is_file():
+                raise DamagedError(f"{folder} lacks {name}, which its index names: copy the model again")
     return source
 
 
@@ -316,13 +365,14 @@ def _inspect_gguf(path: Path) -> ModelSource:
         reader = GGUFReader(path)
         read = {name: value.contents() for name, value in reader.fields.items() if not name.startswith("tokenizer.")}
     except Exception as error:  # the reader raises whatever numpy raises on a truncated file
-        raise UsageError(f"{path} is not a readable GGUF file: {error}") from error
+        raise DamagedError(f"{path} is not a readable GGUF file: {error}") from error
     if read.get("general.architecture") != "llama":
         raise UsageError(f"{path} is not a Llama: its architecture is {read.get('general.architecture')!r}")
-    tensors = {tensor.name for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    _refuse_lossy_gguf(path, read, tensors)
     heads = read.get("llama.attention.head_count")
     config = {
-        "vocab_size": read.get("llama.vocab_size"),
+        "vocab_size": read.get("llama.vocab_size") or int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": read.get("llama.embedding_length"),
         "intermediate_size": read.get("llama.feed_forward_length"),
         "num_hidden_layers": read.get("llama.block_count"),
@@ -331,11 +381,23 @@ def _inspect_gguf(path: Path) -> ModelSource:
         "head_dim": read.get("llama.attention.key_length") or read.get("llama.rope.dimension_count"),
         "max_position_embeddings": read.get("llama.context_length"),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_down.bias" in tensors,
     }
     geometry = Geometry.from_config(config)
     return ModelSource(path, "gguf", geometry, PruningPlan.dense(geometry))
+
+
+def _refuse_lossy_gguf(path: Path, read: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Raise UsageError for what transformers drops without a word when it reads a Llama GGUF."""
+    scaling = read.get("llama.rope.scaling.type", "none")
+    if "rope_freqs.weight" in tensors or scaling != "none":
+        why = "scaled rotary frequencies (Llama 3.1 and later)"
+    elif any(name.endswith(".bias") for name in tensors):
+        why = "biases"
+    elif "token_embd.weight" not in tensors:
+        raise DamagedError(f"{path} has no token_embd.weight: it is damaged")
+    else:
+        return
+    raise UsageError(f"{path} has {why}, which cannot be read from a GGUF file: pass the Hugging Face directory instead")
 
 
 def _weight_files(source: ModelSource) -> list[Path]:

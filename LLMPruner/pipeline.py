@@ -12,12 +12,23 @@ from LLMPruner.checkpoint import require_free_space, write_text
 from LLMPruner.config import EvalConfig, FinetuneConfig, PruneConfig, RunConfig
 from LLMPruner.data import check_corpus, load_windows
 from LLMPruner.errors import UsageError
-from LLMPruner.importance.allocation import Budget, allocate, build_plan, make_budget
-from LLMPruner.importance.criteria import score_units
+from LLMPruner.importance.allocation import (
+    Budget,
+    adds_bias,
+    allocate,
+    build_plan,
+    level_limits,
+    make_budget,
+    reads_layer_scores,
+)
+from LLMPruner.importance.criteria import CRITERIA, score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
+from LLMPruner.importance.search import SearchState
+from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model import (
     ModelSource,
     check_seq_len,
+    check_token_ids,
     checkpoint_bytes,
     load_model,
     load_tokenizer,
@@ -35,6 +46,9 @@ if TYPE_CHECKING:
     from LLMPruner.run import Run
 
 logger = logging.getLogger("LLMPruner")
+
+SEARCH_FILE = "search_state.json"
+SEARCH_SEQ_LEN = 256  # tokens of a held-out window of the search
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,20 @@ class PruneJob:
         return not self.dry_run and (self.test_original or self.test_pruned or self.finetune is not None)
 
     @property
+    def analyzes(self) -> bool:
+        """Whether layers are to be scored: the strategy reads scores and no file brings them."""
+        return reads_layer_scores(self.prune) and self.prune.layer_importance_file is None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything after the layer analysis reads calibration text."""
+        return (
+            CRITERIA[self.prune.importance].needs is not None
+            or REPAIRS[self.prune.repair] is not None
+            or self.prune.pruning_strategy == "search"
+        )
+
+    @property
     def saves_finetuned(self) -> bool:
         """Whether a second checkpoint is written."""
         return self.save and self.finetune is not None
@@ -71,16 +99,19 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
     if not job.source.plan.is_dense:
         raise UsageError(f"{job.source.path} is pruned already: prune the dense model it came from with a larger ratio")
     _check_lengths(job)
+    _check_outputs(job, folder)
     budget = make_budget(geometry, config)
+    if config.resume:
+        SearchState.load(folder / SEARCH_FILE, _search_key(job))
     importance = None
     if config.layer_importance_file is not None:
         file = Path(config.layer_importance_file)
         importance = LayerImportance.load(file, job.source.fingerprint(), geometry.num_layers)
-    if job.save and not job.dry_run:
-        size = checkpoint_bytes(geometry.dense_params - budget.target, job.run.dtype)
-        require_free_space(folder, size * (2 if job.saves_finetuned else 1), "the checkpoint")
-    for corpus, split, seq_len in _corpora(job):  # last: a corpus on the hub may be slow to answer
+    for corpus, split, seq_len in _corpora(job):
         check_corpus(corpus, job.run.data_dir, split, seq_len)
+    if job.save and not job.dry_run:
+        size = checkpoint_bytes(geometry.dense_params - budget.target, job.run.dtype, job.run.device)
+        require_free_space(folder, size * (2 if job.saves_finetuned else 1), "the checkpoint")
     return budget, importance
 
 
@@ -102,48 +133,103 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     with run.stage("load"):
         tokenizer = load_tokenizer(job.source)
         windows = cut_windows(job, tokenizer)
+        check_token_ids(job.source, "--base_model", *windows.all())
         loaded = load_model(job.source, dtype=job.run.dtype, device=job.run.device, tokenizer=tokenizer)
         runner = LayerRunner(loaded.model)
     results: dict[str, list[Perplexity]] = {}
     if job.test_original and not job.dry_run:
         results["original"] = _measure(run, loaded, windows.evaluation, "original")
-    if importance is None:
+    if job.analyzes:
         importance = _analyze(job, run, runner, windows.layers)
-    with run.stage("plan"):
-        plan = make_plan(runner, budget, job.prune, importance.scores, windows.calibration, seed=job.run.seed)
+    plan = _plan(job, run, runner, budget, importance, windows)
     _report_plan(run, plan, budget)
     if job.dry_run:
         return loaded
     _describe(job, run, plan, importance)
     with run.stage(f"apply (repair {job.prune.repair})"):
+        loaded.plan = plan
         apply_plan(runner, plan, repair=job.prune.repair, windows=windows.calibration)
-    _record(job, run, loaded, plan)
-    if job.test_pruned or job.finetune is not None:
-        results["pruned"] = _measure(run, loaded, windows.evaluation, "pruned")
-    if job.save:
+    _record(job, run, loaded)
+    if job.save:  # before anything that may take long or fail
         with run.stage("save"):
             save_model(run.dir / "pytorch_model.bin", loaded)
         logger.info("saved %s", run.dir / "pytorch_model.bin")
+    if job.test_pruned or job.finetune is not None:
+        results["pruned"] = _measure(run, loaded, windows.evaluation, "pruned")
+    _save_results(run, plan, results)
     if job.finetune is not None:
         _finetune(job, run, loaded, windows.finetuning)
         results["finetuned"] = _measure(run, loaded, windows.evaluation, "finetuned")
-    _finish(job, run, plan, results)
+        _save_results(run, plan, results)
+    if results:
+        _log_table(plan, results)
     return loaded
+
+
+def _plan(
+    job: PruneJob, run: Run, runner: LayerRunner, budget: Budget, importance: LayerImportance | None, windows: JobWindows
+) -> PruningPlan:
+    """The plan by the job's strategy: weights of layer scores, one ranking, or the search."""
+    scores = None if importance is None else importance.scores
+    if job.prune.pruning_strategy != "search":
+        with run.stage("plan"):
+            return make_plan(runner, budget, job.prune, scores, windows.calibration, seed=job.run.seed)
+    from LLMPruner.importance.search import search
+
+    key, path = _search_key(job), run.dir / SEARCH_FILE
+    state = SearchState.load(path, key) if job.prune.resume else SearchState()
+
+    def save(found: SearchState) -> None:
+        if not job.dry_run:
+            found.save(path, key)
+
+    with run.stage("search"):
+        kept, units = search(
+            runner,
+            budget,
+            job.prune,
+            windows.calibration,
+            windows.held_out,
+            limits=level_limits(budget, job.prune, scores),
+            seed=job.run.seed,
+            state=state,
+            save=save,
+        )
+    return build_plan(budget.geometry, kept, units, output_bias=adds_bias(job.prune))
+
+
+def _search_key(job: PruneJob) -> dict[str, Any]:
+    """What a search's result depends on: an interrupted one is continued only under the same."""
+    free = ("resume", "search_minutes", "search_generations", "layer_importance_file")
+    settings = {name: value for name, value in asdict(job.prune).items() if name not in free}
+    return {"model": job.source.fingerprint(), "seed": job.run.seed, "data_dir": job.run.data_dir, **settings}
 
 
 def make_plan(
     runner: LayerRunner,
     budget: Budget,
     config: PruneConfig,
-    layer_scores: Sequence[float],
-    windows: torch.Tensor,
+    layer_scores: Sequence[float] | None,
+    windows: torch.Tensor | None,
     *,
     seed: int,
 ) -> PruningPlan:
     """Split the budget over the layers, score the units on `windows` `(n, seq_len)`, keep the best ones."""
-    kept = allocate(budget, layer_scores, config)
-    scores = score_units(runner, budget.geometry, config.importance, windows=windows, seed=seed)
-    return build_plan(budget.geometry, kept, scores)
+    units = score_units(runner, budget.geometry, config.importance, windows=windows, seed=seed)
+    kept = allocate(budget, layer_scores, config, units)
+    return build_plan(budget.geometry, kept, units, output_bias=adds_bias(config))
+
+
+def _check_outputs(job: PruneJob, folder: Path) -> None:
+    """Raise UsageError where the run would overwrite its input, or leave a checkpoint beside another run's plan."""
+    if job.dry_run:
+        return
+    outputs = [folder / "pytorch_model.bin", folder / "pytorch_model_finetuned.bin"]
+    for output in outputs:
+        if output.exists() and output.samefile(job.source.path):
+            raise UsageError(f"--save_ckpt_log_name {folder.name} would overwrite {job.source.path}: choose another name")
+    if outputs[0].exists() and not job.save:
+        raise UsageError(f"{outputs[0]} would no longer fit the plan beside it: choose another name, or save this model too")
 
 
 def _check_lengths(job: PruneJob) -> None:
@@ -160,7 +246,11 @@ def _check_lengths(job: PruneJob) -> None:
 
 
 def _corpora(job: PruneJob) -> list[tuple[str, str, int]]:
-    wanted = [(job.prune.calibration_dataset, "train", job.prune.calibration_seq_len)]
+    wanted = []
+    if job.calibrates or job.analyzes:
+        wanted.append((job.prune.calibration_dataset, "train", job.prune.calibration_seq_len))
+    if job.prune.pruning_strategy == "search":
+        wanted.append((job.prune.calibration_dataset, "validation", min(SEARCH_SEQ_LEN, job.prune.search_tokens)))
     if job.measures:
         wanted += [(name, "test", job.evaluation.seq_len) for name in job.evaluation.datasets]
     if job.finetune is not None:
@@ -172,26 +262,36 @@ def _corpora(job: PruneJob) -> list[tuple[str, str, int]]:
 class JobWindows:
     """The token windows of every stage, cut before the weights are read: a bad corpus shows early."""
 
-    layers: torch.Tensor
-    calibration: torch.Tensor
+    layers: torch.Tensor | None
+    calibration: torch.Tensor | None
+    held_out: torch.Tensor | None
     evaluation: dict[str, torch.Tensor]
     finetuning: torch.Tensor | None
+
+    def all(self) -> list[torch.Tensor | None]:
+        """Every stage's windows."""
+        return [self.layers, self.calibration, self.held_out, self.finetuning, *self.evaluation.values()]
 
 
 def cut_windows(job: PruneJob, tokenizer: Any) -> JobWindows:
     """Calibration windows from the train split, evaluation windows from the test split."""
     from LLMPruner.evaluator.ppl import load_eval_windows
 
-    config, data_dir = job.prune, job.run.data_dir
+    config = job.prune
 
-    def calibration(seq_len: int, samples: int) -> torch.Tensor:
-        corpus, seed = config.calibration_dataset, job.run.seed
-        return load_windows(tokenizer, corpus, "train", seq_len=seq_len, samples=samples, data_dir=data_dir, seed=seed)
+    def calibration(seq_len: int, samples: int, split: str = "train") -> torch.Tensor:
+        corpus, seed, data_dir = config.calibration_dataset, job.run.seed, job.run.data_dir
+        return load_windows(tokenizer, corpus, split, seq_len=seq_len, samples=samples, data_dir=data_dir, seed=seed)
 
+    held_out = None
+    if config.pruning_strategy == "search":
+        seq_len = min(SEARCH_SEQ_LEN, config.search_tokens)
+        held_out = calibration(seq_len, config.search_tokens // seq_len, "validation")
     return JobWindows(
-        layers=calibration(config.layer_importance_seq_len, config.layer_importance_samples),
-        calibration=calibration(config.calibration_seq_len, config.channel_importance_samples),
-        evaluation=load_eval_windows(tokenizer, job.evaluation, data_dir) if job.measures else {},
+        layers=calibration(config.layer_importance_seq_len, config.layer_importance_samples) if job.analyzes else None,
+        calibration=calibration(config.calibration_seq_len, config.channel_importance_samples) if job.calibrates else None,
+        held_out=held_out,
+        evaluation=load_eval_windows(tokenizer, job.evaluation, job.run.data_dir) if job.measures else {},
         finetuning=_finetuning_windows(job, tokenizer),
     )
 
@@ -250,24 +350,24 @@ def _report_plan(run: Run, plan: PruningPlan, budget: Budget) -> None:
     run.metrics["parameters"] = {"original": geometry.dense_params, "pruned": plan.total_params}
 
 
-def _describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImportance) -> None:
+def _describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImportance | None) -> None:
     """Write what is decided so far: settings, scores, plan, picture."""
     from LLMPruner.evaluator.report import plot_plan
 
     run.describe({"base_model": job.source.path, **asdict(job.run), **asdict(job.prune)})
-    importance.save(run.dir / "layer_importance_config.json")
+    if importance is not None:
+        importance.save(run.dir / "layer_importance_config.json")
     write_text(run.dir / "pruning_plan.json", plan.to_json() + "\n")
-    plot_plan(run.dir / "pruning_strategy.png", plan, importance.scores)
+    plot_plan(run.dir / "pruning_strategy.png", plan, None if importance is None else importance.scores)
 
 
-def _record(job: PruneJob, run: Run, loaded: LoadedModel, plan: PruningPlan) -> None:
-    """Put the plan and its provenance beside the weights."""
-    loaded.plan = plan
+def _record(job: PruneJob, run: Run, loaded: LoadedModel) -> None:
+    """Put the provenance beside the weights."""
     loaded.provenance |= {
         "command": run.command,
         "seed": job.run.seed,
         "versions": versions(),
-        "parameters": plan.total_params,
+        "parameters": loaded.plan.total_params,
         "calibration": {"corpus": job.prune.calibration_dataset, "split": "train"},
         "settings": asdict(job.prune),
     }
@@ -280,11 +380,13 @@ def _finetune(job: PruneJob, run: Run, loaded: LoadedModel, windows: torch.Tenso
     run.metrics["training"] = train_and_save(loaded, job.finetune, windows, run, seed=job.run.seed, save=job.save, base=base)
 
 
-def _finish(job: PruneJob, run: Run, plan: PruningPlan, results: dict[str, list[Perplexity]]) -> None:
-    from LLMPruner.evaluator.report import comparison_table, tables_of
-
+def _save_results(run: Run, plan: PruningPlan, results: dict[str, list[Perplexity]]) -> None:
     run.metrics["ppl"] = {role: [result.as_dict() for result in measured] for role, measured in results.items()}
     run.save_metrics()
-    if results:
-        parameters = {role: plan.geometry.dense_params if role == "original" else plan.total_params for role in results}
-        logger.info("comparison\n%s", comparison_table(tables_of(results, parameters)))
+
+
+def _log_table(plan: PruningPlan, results: dict[str, list[Perplexity]]) -> None:
+    from LLMPruner.evaluator.report import comparison_table, tables_of
+
+    parameters = {role: plan.geometry.dense_params if role == "original" else plan.total_params for role in results}
+    logger.info("comparison\n%s", comparison_table(tables_of(results, parameters)))

@@ -32,6 +32,7 @@ class Geometry:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        sizes += ("max_positions",)
         for name in sizes:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UsageError(f"the model config is not a usable Llama: {name} is {getattr(self, name)!r}")
@@ -108,7 +109,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer keeps: KV groups and MLP channels, as ascending indices into the dense layer."""
+    """What one layer keeps: KV groups and MLP channels, as ascending indices into the dense layer. None: no such sublayer."""
 
     kv_groups: tuple[int, ...]
     channels: tuple[int, ...]
@@ -116,10 +117,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """For every layer the kept KV groups and MLP channels. Immutable; checks itself against the geometry."""
+    """For every layer the kept KV groups and MLP channels. Immutable; checks itself against the geometry.
+
+    With `output_bias` the output projection of every pruned sublayer has a bias, whether or not the dense model has one.
+    """
 
     geometry: Geometry
     layers: tuple[LayerPlan, ...]
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         if len(self.layers) != self.geometry.num_layers:
@@ -127,6 +132,8 @@ class PruningPlan:
         for index, layer in enumerate(self.layers):
             _check_kept(index, "KV group", layer.kv_groups, self.geometry.num_kv_heads)
             _check_kept(index, "channel", layer.channels, self.geometry.intermediate_size)
+        if not self.layers[0].kv_groups:  # the KV cache counts its tokens there, and so does llama.cpp
+            raise UsageError("layer 0 keeps no KV group: its attention must stay")
 
     @classmethod
     def dense(cls, geometry: Geometry) -> PruningPlan:
@@ -144,6 +151,10 @@ class PruningPlan:
         """Kept MLP channels per layer."""
         return tuple(len(layer.channels) for layer in self.layers)
 
+    def layer_counts(self, index: int) -> tuple[int, int]:
+        """KV groups and channels that layer `index` keeps."""
+        return self.kv_counts[index], self.channel_counts[index]
+
     @property
     def dense_counts(self) -> tuple[int, int]:
         """KV groups and channels of a layer that keeps everything."""
@@ -159,7 +170,20 @@ class PruningPlan:
         """Parameters of the pruned model, tied embeddings counted once."""
         geometry = self.geometry
         kept = sum(self.kv_counts) * geometry.group_params + sum(self.channel_counts) * geometry.channel_params
-        return geometry.fixed_params + kept
+        dropped = self.kv_counts.count(0) * geometry.attention_bias + self.channel_counts.count(0) * geometry.mlp_bias
+        added = sum(self.attention_output_bias(i) and not geometry.attention_bias for i in range(len(self.layers)))
+        added += sum(self.mlp_output_bias(i) and not geometry.mlp_bias for i in range(len(self.layers)))
+        return geometry.fixed_params + kept + (added - dropped) * geometry.hidden_size
+
+    def attention_output_bias(self, index: int) -> bool:
+        """Whether o_proj of layer `index` has a bias."""
+        kept = self.kv_counts[index]
+        return kept > 0 and (self.geometry.attention_bias or (self.output_bias and kept < self.geometry.num_kv_heads))
+
+    def mlp_output_bias(self, index: int) -> bool:
+        """Whether down_proj of layer `index` has a bias."""
+        kept = self.channel_counts[index]
+        return kept > 0 and (self.geometry.mlp_bias or (self.output_bias and kept < self.geometry.intermediate_size))
 
     @property
     def removed_params(self) -> int:
@@ -173,7 +197,7 @@ class PruningPlan:
     def to_json(self) -> str:
         """A JSON text that `from_json` reads back to an equal plan."""
         layers = [{"kv_groups": list(layer.kv_groups), "channels": list(layer.channels)} for layer in self.layers]
-        return json.dumps({"geometry": asdict(self.geometry), "layers": layers})
+        return json.dumps({"geometry": asdict(self.geometry), "layers": layers, "output_bias": self.output_bias})
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
@@ -181,15 +205,15 @@ class PruningPlan:
         try:
             data = json.loads(text)
             layers = tuple(LayerPlan(tuple(row["kv_groups"]), tuple(row["channels"])) for row in data["layers"])
-            return cls(Geometry(**data["geometry"]), layers)
+            return cls(Geometry(**data["geometry"]), layers, bool(data.get("output_bias", False)))
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"not a pruning plan: {error}") from error
 
 
 def _check_kept(layer: int, unit: str, kept: Iterable[int], size: int) -> None:
     kept = tuple(kept)
-    if not kept:
-        raise UsageError(f"layer {layer} keeps no {unit}: every layer must keep at least one")
+    if not kept:  # the whole sublayer is gone
+        return
     if any(type(index) is not int for index in kept):
         raise UsageError(f"layer {layer}: {unit} indices must be integers")
     if any(b <= a for a, b in zip(kept, kept[1:], strict=False)) or kept[0] < 0 or kept[-1] >= size:

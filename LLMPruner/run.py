@@ -25,6 +25,8 @@ def check_experiment(name: str, flag: str) -> Path:
     """The folder of experiment `name`, not yet created. Raises UsageError for a bad name or an unwritable place."""
     if not name or name in (".", "..") or any(separator in name for separator in "/\\\0") or name.startswith("-"):
         raise UsageError(f"{flag} must be a plain folder name without path separators, got {name!r}")
+    if len(name.encode()) > 200:
+        raise UsageError(f"{flag} has {len(name.encode())} bytes: a folder name may have 200")
     folder = LOG_ROOT / name
     for place in (folder, LOG_ROOT, Path()):
         if place.exists() or place.is_symlink():
@@ -90,22 +92,22 @@ class Run:
         write_text(script, f"#!/bin/bash\ncd {shlex.quote(str(Path.cwd()))} || exit\n{command}\n")
         script.chmod(0o755)
 
-    def describe(self, settings: dict[str, Any]) -> None:
+    def describe(self, settings: dict[str, Any], name: str = "description.txt") -> None:
         """Write `description.txt`: the command, the folder and every setting, one a line."""
         rows = [f"command: {self.command}", f"run: {self.timestamp_dir}"]
         rows += [f"{name}: {value}" for name, value in settings.items()]
-        write_text(self.dir / "description.txt", "\n".join(rows) + "\n")
+        write_text(self.dir / name, "\n".join(rows) + "\n")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a stage and record its seconds and peak memory; the body may add figures to the yielded dict."""
         record: dict[str, Any] = {"stage": name}
-        _reset_peak_memory()
+        reset_peak_memory()
         start = time.perf_counter()
         logger.info("stage %s: start", name)
         yield record
         record["seconds"] = round(time.perf_counter() - start, 2)
-        record["peak_memory_gb"] = round(_peak_memory() / 1e9, 3)
+        record["peak_memory_gb"] = round(peak_memory() / 1e9, 3)
         self.stages.append(record)
         logger.info("stage %s: %.1f s, peak memory %.2f GB", name, record["seconds"], record["peak_memory_gb"])
 
@@ -134,9 +136,21 @@ def stop_logging(handlers: Sequence[logging.Handler]) -> None:
         handler.close()
 
 
+def existing_path(path: str, flag: str) -> Path:
+    """`path` with the home folder filled in. Raises UsageError where the system refuses to look at it; it may not exist."""
+    try:
+        place = Path(path).expanduser()
+        place.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # name too long, no permission, no such user, a null byte
+        raise UsageError(f"{flag} {path[:80]} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return place
+
+
 def read_json_file(path: Path, what: str) -> Any:
     """Parse a JSON file. Raises UsageError when it is missing or is not JSON."""
-    if not path.is_file():
+    if not existing_path(str(path), what).is_file():
         raise UsageError(f"{what} {path} does not exist")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +158,8 @@ def read_json_file(path: Path, what: str) -> Any:
         raise UsageError(f"{what} {path} is not JSON: {error}") from error
 
 
-def _reset_peak_memory() -> None:
+def reset_peak_memory() -> None:
+    """Start a new high-water mark of memory."""
     # Linux resets the process's high-water mark on request; elsewhere the peak is the process's so far.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -153,7 +168,7 @@ def _reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes: the device's peak where there is a GPU, else the process's."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

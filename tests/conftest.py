@@ -16,7 +16,7 @@ from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import LoadedModel, find_model, load_model
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
 
 # The same examples every time: a red build must mean a change, not a draw. Some requests are infeasible and are passed over.
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])

@@ -19,6 +19,7 @@ ORDER = (
     "config",
     "run",
     "data",
+    "removed",
     "model",
     "forward",
     "methods",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import each_architecture, geometry_of, random_plan, tiny_config, tiny_model
@@ -32,8 +33,6 @@ def test_a_plan_survives_json(kv_heads, q_per_kv, width, layers, seed, flag):
 @pytest.mark.parametrize(
     ("groups", "channels", "complaint"),
     [
-        ((), (0,), "keeps no KV group"),
-        ((0,), (), "keeps no channel"),
         ((1, 0), (0,), "KV group indices must ascend"),
         ((0, 0), (0,), "KV group indices must ascend"),
         ((0, 2), (0,), r"ascend within 0\.\.1"),
@@ -128,3 +127,23 @@ def test_counts_equal_the_pruned_models(changes, seed):
     empty.tie_weights()
     assert count_parameters(empty) == plan.total_params
     assert not plan.is_dense
+
+
+def test_a_sublayer_may_be_gone_but_not_the_first_attention():
+    geometry = Geometry(10, 8, 6, 3, 4, 2, 2, attention_bias=True, mlp_bias=True)
+    plan = PruningPlan.dense(geometry)
+    none = plan.with_layer(2, LayerPlan((), ()))
+    lost = geometry.attention_params + geometry.mlp_params + 2 * geometry.hidden_size  # with the biases of o and down
+    assert none.removed_params == lost and PruningPlan.from_json(none.to_json()) == none
+    with pytest.raises(UsageError, match="layer 0 keeps no KV group"):
+        plan.with_layer(0, LayerPlan((), (0,)))
+
+
+def test_output_biases_count_where_a_sublayer_was_pruned_and_had_none():
+    geometry = Geometry(10, 8, 6, 3, 4, 2, 2)
+    plan = replace(PruningPlan.dense(geometry), output_bias=True)
+    assert plan.total_params == geometry.dense_params
+    pruned = plan.with_layer(1, LayerPlan((0,), (0, 1, 2, 3, 4, 5)))
+    assert pruned.removed_params == geometry.group_params - geometry.hidden_size
+    assert (pruned.attention_output_bias(1), pruned.mlp_output_bias(1), pruned.attention_output_bias(0)) == (True, False, False)
+    assert PruningPlan.from_json(pruned.to_json()).output_bias

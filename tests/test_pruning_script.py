@@ -13,6 +13,10 @@ import pytest
 import torch
 
 import llama3_unbalanced_pruning_gqa_aware as script
+from LLMPruner.config import PRESETS
+from LLMPruner.importance.allocation import STRATEGIES
+from LLMPruner.importance.criteria import CRITERIA
+from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model import find_model, load_model
 from LLMPruner.plan import PruningPlan
 
@@ -36,6 +40,7 @@ def command(trained_dir, data_dir, tmp_path, monkeypatch):
     def run(*flags, name="exp", base=trained_dir):
         return script.main([f"--base_model={base}", f"--data_dir={data_dir}", f"--save_ckpt_log_name={name}", *SMALL, *flags])
 
+    run.base = trained_dir
     return run
 
 
@@ -110,14 +115,115 @@ def test_dry_run_prints_the_plan_and_writes_nothing_but_the_log(command, capsys)
 
 
 @pytest.mark.parametrize(
-    "flag", ["--importance=magnitude", "--importance=random", "--repair=none", "--pruning_strategy=uniform"]
+    "flag",
+    [f"--importance={name}" for name in CRITERIA]
+    + [f"--pruning_strategy={name}" for name in STRATEGIES]
+    + [f"--repair={name}" for name in REPAIRS]
+    + [f"--preset={name}" for name in PRESETS],
 )
 def test_every_choice_meets_the_budget(command, flag):
-    assert command("--prune_mlp", "--no_save_model", flag) == 0
+    assert command("--prune_mlp", "--no_save_model", "--search_generations=2", "--search_tokens=128", flag) == 0
     plan = PruningPlan.from_json(Path("prune_log/exp/pruning_plan.json").read_text())
     step = 4 * plan.geometry.channel_params
     assert 0 <= plan.removed_params - 0.25 * plan.geometry.dense_params < step
     assert not Path("prune_log/exp/pytorch_model.bin").exists()
+
+
+def test_a_preset_sets_three_choices_and_explicit_flags_win(command):
+    assert command("--preset=flap", "--prune_mlp", "--repair=none", "--dry_run") == 0
+    (log,) = Path("prune_log/exp").glob("*/training.log")
+    assert "stage plan" in log.read_text() and "layer importance" not in log.read_text()
+    args = script.parse(["--save_ckpt_log_name=x", "--repair", "none", "--preset", "flap"])
+    assert (args.importance, args.pruning_strategy, args.repair) == ("flap", "global", "none")
+
+
+def test_a_bias_that_the_repair_added_survives_the_checkpoint(command):
+    assert command("--preset=flap", "--prune_mlp", "--pruning_ratio=0.4") == 0
+    source = find_model("prune_log/exp/pytorch_model.bin", "--base_model")
+    loaded = load_model(source, dtype="float32")
+    biases = {name for name, _ in loaded.model.named_parameters() if name.endswith("bias")}
+    assert biases and all(name.endswith(("o_proj.bias", "down_proj.bias")) for name in biases)
+    assert source.plan.removed_params >= 0.4 * source.geometry.dense_params
+
+
+def search_flags(*flags):
+    return ["--preset=best", "--prune_mlp", "--pruning_ratio=0.4", "--search_tokens=128", *flags]
+
+
+def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, capsys):
+    """Ctrl-C in the middle leaves the state; --resume ends where an undisturbed run ends."""
+    from LLMPruner.importance import search
+
+    assert command(*search_flags("--search_generations=4"), name="whole") == 0
+    calls, evolve = [], search._evolve
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        evolve(*args)
+
+    monkeypatch.setattr(search, "_evolve", interrupted)
+    assert command(*search_flags("--search_generations=4"), name="part") == 130
+    state = json.loads(Path("prune_log/part/search_state.json").read_text())
+    assert state["generation"] == 2 and state["levels"]
+    assert not Path("prune_log/part/pytorch_model.bin").exists()
+    monkeypatch.setattr(search, "_evolve", evolve)
+    monkeypatch.setattr(search, "sublayer_costs", None)  # measured already: not to be called again
+    assert command(*search_flags("--search_generations=4", "--resume"), name="part") == 0
+    whole, part = (Path("prune_log", name, "pruning_plan.json").read_text() for name in ("whole", "part"))
+    assert whole == part
+    assert command(*search_flags("--resume", "--pruning_ratio=0.3"), name="part") == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_whole_sublayers_may_go_and_the_model_still_works(command):
+    flags = ["--allow_sublayer_removal", "--max_pruning_rate=1", "--search_generations=1", "--pruning_ratio=0.66"]
+    assert command("--preset=best", "--prune_mlp", "--search_tokens=128", *flags) == 0
+    source = find_model("prune_log/exp/pytorch_model.bin", "--base_model")
+    assert 0 in source.plan.kv_counts + source.plan.channel_counts, "a ratio this high needs it, or this test proves nothing"
+    loaded = load_model(source, dtype="float32")
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    cached, uncached = (loaded.model.generate(prompt, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached, uncached)
+    import diagnose_model
+
+    assert diagnose_model.main(["--model_path=prune_log/exp/pytorch_model.bin"]) == 0
+
+
+def test_a_run_that_reads_no_text_asks_for_none(command, data_dir):
+    assert command("--prune_mlp", name="scores") == 0
+    scores = "--layer_importance_config=prune_log/scores/layer_importance_config.json"
+    flags = ["--importance=magnitude", "--repair=none", "--skip_importance_analysis", scores, "--calibration_dataset=c4"]
+    assert command("--prune_mlp", *flags, name="blind") == 0
+
+
+def test_the_input_is_never_overwritten(command, capsys):
+    """A dense model in the very file that the run would write."""
+    from LLMPruner.model import save_model
+
+    dense = load_model(find_model(str(command.base), "--base_model"), dtype="float32")
+    Path("prune_log/exp").mkdir(parents=True)
+    save_model(Path("prune_log/exp/pytorch_model.bin"), dense)
+    before = Path("prune_log/exp/pytorch_model.bin").read_bytes()
+    assert command("--prune_mlp", base="prune_log/exp/pytorch_model.bin") == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert Path("prune_log/exp/pytorch_model.bin").read_bytes() == before
+
+
+def test_a_checkpoint_is_not_left_beside_another_runs_plan(command, capsys):
+    assert command("--prune_mlp") == 0
+    plan = Path("prune_log/exp/pruning_plan.json").read_text()
+    assert command("--prune_mlp", "--pruning_ratio=0.4", "--no_save_model") == 2
+    assert "no longer fit" in capsys.readouterr().err and Path("prune_log/exp/pruning_plan.json").read_text() == plan
+
+
+def test_what_was_measured_survives_a_training_that_fails(command):
+    flags = ["--finetune", "--finetune_method=full", "--finetune_lr=1e20", "--finetune_samples=8", "--finetune_seq_len=64"]
+    assert command("--prune_mlp", "--test_after_prune", *flags) == 1
+    assert json.loads(Path("prune_log/exp/metrics.json").read_text())["ppl"]["pruned"][0]["ppl"] > 1
+    assert Path("prune_log/exp/pytorch_model.bin").exists()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +259,19 @@ def test_every_choice_meets_the_budget(command, flag):
         (["--importance=magic"], "--importance"),
         (["--dtype=int3"], "--dtype"),
         (["--seed=-1"], "--seed"),
+        (["--preset=worst"], "--preset"),
+        (["--resume"], "--pruning_strategy search"),
+        (["--preset=best", "--resume"], "does not exist"),
+        (["--allow_sublayer_removal"], "--pruning_strategy search"),
+        (["--preset=best", "--search_tokens=1"], "--search_tokens"),
+        (["--preset=best", "--search_minutes=nan"], "--search_minutes"),
+        (["--preset=best", "--search_generations=-1"], "--search_generations"),
+        (["--finetune", "--finetune_method=full", "--lora_target_mlp"], "--finetune_method lora"),
+        (["--save_ckpt_log_name=" + 250 * "x"], "250 bytes"),
+        (["--base_model=" + 300 * "x"], "cannot be read"),
+        (["--base_model=~nosuchuser/x"], "cannot be read"),
+        (["--data_dir=" + 300 * "x"], "cannot be read"),
+        (["--device=meta"], "--device"),
         (["--seed=4294967296"], "--seed"),
         (["--unknown_flag"], "--unknown_flag"),
         (["--save_ckpt_log_name=a/b"], "--save_ckpt_log_name"),

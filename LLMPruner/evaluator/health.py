@@ -172,10 +172,13 @@ def expected_shapes(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
             "o_proj": (hidden, queries),
         }
         mlp = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        biased = {"o_proj": plan.attention_output_bias(index), "down_proj": plan.mlp_output_bias(index)}
         for kind, group, bias in (("self_attn", attention, geometry.attention_bias), ("mlp", mlp, geometry.mlp_bias)):
             for name, shape in group.items():
+                if 0 in shape:  # the sublayer was removed
+                    continue
                 shapes[f"model.layers.{index}.{kind}.{name}.weight"] = shape
-                if bias:
+                if biased.get(name, bias):
                     shapes[f"model.layers.{index}.{kind}.{name}.bias"] = shape[:1]
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"model.layers.{index}.{name}.weight"] = (hidden,)

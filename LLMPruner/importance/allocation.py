@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 from LLMPruner.config import PruneConfig
 from LLMPruner.errors import UsageError
 from LLMPruner.methods.gqa_aware import select_units
+from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
 
 if TYPE_CHECKING:
     from LLMPruner.importance.criteria import UnitScores
+
+LOSS_ESTIMATES = ("taylor",)  # criteria whose scores estimate the rise of the loss, alike in all sublayers
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,13 @@ def uniform(score: float, size: int) -> float:
 
 
 # The weight of a sublayer's pruning rate, from its layer's score (above 0) and its own parameters.
-STRATEGIES: dict[str, Callable[[float, int], float]] = {
+WEIGHTS: dict[str, Callable[[float, int], float]] = {
     "inverse": inverse,
     "proportional": proportional,
     "uniform": uniform,
 }
+# `global` ranks the units of all sublayers together, `search` measures (importance/search.py): neither reads layer scores.
+STRATEGIES = (*WEIGHTS, "global", "search")
 
 
 def default_round_to(geometry: Geometry) -> int:
@@ -101,10 +106,14 @@ def make_budget(geometry: Geometry, config: PruneConfig) -> Budget:
     for index in layers:
         if config.prune_attention:
             kept = tuple(range(geometry.num_kv_heads, 0, -1))
+            if config.allow_sublayer_removal and index > 0:
+                kept += (0,)
             sublayers.append(Sublayer(index, "attention", kept, geometry.group_params))
         if config.prune_mlp:
             width = geometry.intermediate_size
             kept = (width, *range((width - 1) // step * step, 0, -step))
+            if config.allow_sublayer_removal:
+                kept += (0,)
             sublayers.append(Sublayer(index, "mlp", kept, geometry.channel_params))
     selected = sum(sublayer.size for sublayer in sublayers)
     sublayers = [sublayer for sublayer in sublayers if len(sublayer.levels) > 1]  # one KV group cannot be pruned
@@ -112,6 +121,9 @@ def make_budget(geometry: Geometry, config: PruneConfig) -> Budget:
     name = ("model" if whole else "selected") if config.ratio_base == "auto" else config.ratio_base
     base = geometry.dense_params if name == "model" else selected
     target = math.ceil(Fraction(str(config.pruning_ratio)) * base)
+    if adds_bias(config):  # what the repair adds must be removed elsewhere
+        has_bias = {"attention": geometry.attention_bias, "mlp": geometry.mlp_bias}
+        target += geometry.hidden_size * sum(not has_bias[sublayer.kind] for sublayer in sublayers)
     budget = Budget(geometry, base, name, target, tuple(sublayers))
     if config.freeze_top_n_layers >= len(layers):
         raise UsageError(f"--freeze_top_n_layers {config.freeze_top_n_layers} freezes all {len(layers)} selected layers")
@@ -120,11 +132,11 @@ def make_budget(geometry: Geometry, config: PruneConfig) -> Budget:
 
 
 def _check_feasible(budget: Budget, config: PruneConfig, layers: int) -> None:
-    """Layers are alike, so how much the limits leave does not depend on which of the `layers` selected ones freeze."""
+    """Layers are alike (but for the first one's attention, which stays), so it hardly matters which ones freeze."""
     smallest, largest = (
         sum(sublayer.removed(_limits(sublayer, config)[end]) for sublayer in budget.sublayers)
-        // layers
         * (layers - config.freeze_top_n_layers)
+        // layers
         for end in (0, 1)
     )
     if budget.target > largest:
@@ -141,30 +153,84 @@ def _check_feasible(budget: Budget, config: PruneConfig, layers: int) -> None:
         raise UsageError(f"--min_pruning_rate {config.min_pruning_rate} alone removes more than --pruning_ratio asks for")
 
 
-def allocate(budget: Budget, scores: Sequence[float], config: PruneConfig) -> dict[tuple[int, str], int]:
+def reads_layer_scores(config: PruneConfig) -> bool:
+    """Whether the request needs the layer analysis: strategies that weigh layers, and freezing, do."""
+    return config.pruning_strategy in WEIGHTS or config.freeze_top_n_layers > 0
+
+
+def level_limits(budget: Budget, config: PruneConfig, scores: Sequence[float] | None) -> list[tuple[int, int]]:
+    """The first and last level each sublayer may take: the rate limits, and level 0 alone in frozen layers."""
+    layers = sorted({sublayer.layer for sublayer in budget.sublayers})
+    frozen: set[int] = set()
+    if config.freeze_top_n_layers:
+        frozen = set(sorted(layers, key=lambda layer: (-scores[layer], layer))[: config.freeze_top_n_layers])
+    return [(0, 0) if sublayer.layer in frozen else _limits(sublayer, config) for sublayer in budget.sublayers]
+
+
+def allocate(
+    budget: Budget, scores: Sequence[float] | None, config: PruneConfig, units: Sequence[UnitScores] | None = None
+) -> dict[tuple[int, str], int]:
     """Kept units of every selected sublayer, by `(layer, kind)`.
 
-    A sublayer's rate is the strategy's weight to the power of --layer_importance_weight, scaled to meet the budget
-    and clamped to the rate limits, which `make_budget` found to leave enough to remove.
+    By layer `scores`: a sublayer's rate is the strategy's weight to the power of --layer_importance_weight, scaled to meet
+    the budget and clamped to the rate limits, which `make_budget` found to leave enough to remove. Under `global` the
+    `units`' own scores decide.
     """
+    limits = level_limits(budget, config, scores)
+    if config.pruning_strategy == "global":
+        wanted = _rank_units(budget, limits, units, standardize=config.importance not in LOSS_ESTIMATES)
+    else:
+        wanted = _fill(budget.target, budget.sublayers, limits, _weights(budget, scores, config))
+    levels = round_levels(budget.target, budget.sublayers, limits, wanted)
+    return {(s.layer, s.kind): s.levels[level] for s, level in zip(budget.sublayers, levels, strict=True)}
+
+
+def _weights(budget: Budget, scores: Sequence[float], config: PruneConfig) -> list[float]:
     layers = sorted({sublayer.layer for sublayer in budget.sublayers})
     positive = dict(zip(layers, _positive([scores[layer] for layer in layers]), strict=True))
-    frozen = set(sorted(layers, key=lambda layer: (-scores[layer], layer))[: config.freeze_top_n_layers])
-    active = [sublayer for sublayer in budget.sublayers if sublayer.layer not in frozen]
-    limits = [_limits(sublayer, config) for sublayer in active]
-    strategy = STRATEGIES[config.pruning_strategy]
-    weights = [strategy(positive[sublayer.layer], sublayer.size) for sublayer in active]
+    strategy = WEIGHTS[config.pruning_strategy]
+    weights = [strategy(positive[sublayer.layer], sublayer.size) for sublayer in budget.sublayers]
     heaviest = max(weights)  # only ratios of weights count, and a power of these cannot overflow
-    power = [(weight / heaviest) ** config.layer_importance_weight for weight in weights]
-    wanted = _fill(budget.target, active, limits, power)
-    levels = _round(budget.target, active, limits, wanted)
-    kept = {(sublayer.layer, sublayer.kind): sublayer.levels[0] for sublayer in budget.sublayers}
-    return kept | {
-        (sublayer.layer, sublayer.kind): sublayer.levels[level] for sublayer, level in zip(active, levels, strict=True)
-    }
+    return [(weight / heaviest) ** config.layer_importance_weight for weight in weights]
 
 
-def build_plan(geometry: Geometry, kept: dict[tuple[int, str], int], scores: Sequence[UnitScores]) -> PruningPlan:
+def _rank_units(
+    budget: Budget, limits: Sequence[tuple[int, int]], units: Sequence[UnitScores], *, standardize: bool
+) -> list[float]:
+    """Parameters to remove from each sublayer when all units are ranked together and the lowest go (FLAP, An et al. 2024).
+
+    Scores that estimate the loss compare per parameter; others are standardized within their sublayer first.
+    """
+    removed, candidates = [], []
+    for which, (sublayer, (low, high)) in enumerate(zip(budget.sublayers, limits, strict=True)):
+        values = sorted(units[sublayer.layer].of(sublayer.kind).tolist())
+        if standardize:
+            mean = sum(values) / len(values)
+            spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) or 1.0
+            values = [(value - mean) / spread for value in values]
+        else:
+            values = [value / sublayer.unit_params for value in values]
+        first, last = (sublayer.removed(level) // sublayer.unit_params for level in (low, high))
+        removed.append(float(sublayer.removed(low)))
+        candidates += [(value, which) for value in values[first:last]]
+    total = sum(removed)
+    for _, which in sorted(candidates):
+        if total >= budget.target:
+            break
+        removed[which] += budget.sublayers[which].unit_params
+        total += budget.sublayers[which].unit_params
+    return removed
+
+
+def adds_bias(config: PruneConfig) -> bool:
+    """Whether the repair gives pruned sublayers an output bias."""
+    repair = REPAIRS[config.repair]
+    return repair is not None and repair.adds_bias
+
+
+def build_plan(
+    geometry: Geometry, kept: dict[tuple[int, str], int], scores: Sequence[UnitScores], *, output_bias: bool = False
+) -> PruningPlan:
     """The plan that keeps the best-scored units: `kept` counts by `(layer, kind)`; other sublayers stay whole."""
     layers = []
     for index, layer in enumerate(scores):
@@ -173,7 +239,7 @@ def build_plan(geometry: Geometry, kept: dict[tuple[int, str], int], scores: Seq
         layers.append(
             LayerPlan(select_units(layer.kv_groups.tolist(), groups), select_units(layer.channels.tolist(), channels))
         )
-    return PruningPlan(geometry, tuple(layers))
+    return PruningPlan(geometry, tuple(layers), output_bias)
 
 
 def _positive(scores: Sequence[float]) -> list[float]:
@@ -213,7 +279,9 @@ def _fill(target: int, active: Sequence[Sublayer], limits: Sequence[tuple[int, i
     return removed(above)
 
 
-def _round(target: int, active: Sequence[Sublayer], limits: Sequence[tuple[int, int]], wanted: Sequence[float]) -> list[int]:
+def round_levels(
+    target: int, active: Sequence[Sublayer], limits: Sequence[tuple[int, int]], wanted: Sequence[float]
+) -> list[int]:
     """Whole levels near `wanted`, removing the target or up to one step more.
 
     Sublayers with coarse steps (KV groups) are rounded to the nearest level first; the finest ones then absorb what is

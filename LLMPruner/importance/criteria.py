@@ -1,16 +1,19 @@
 """What is unimportant: a score per KV group and per MLP channel of every layer, float32, the larger the more needed.
 
-A criterion is one function from a layer and its statistics to the two score vectors, and one entry in CRITERIA. Which
-statistics it reads (gate gradients so far) says its `needs`; they are gathered once, in one pass.
+A criterion is one function from a sublayer and its statistics to one score per unit, and one entry in CRITERIA that says
+which statistics it `needs`. The same function scores KV groups and channels: both are columns of an output projection
+(o_proj, down_proj) with the rows that feed them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from LLMPruner.methods.gqa_aware import group_scores
+from LLMPruner.errors import RunError
+from LLMPruner.methods.obs import removal_costs
+from LLMPruner.methods.sublayers import KINDS, Kind
 from LLMPruner.plan import Geometry
 
 if TYPE_CHECKING:  # the command line reads CRITERIA and must not wait for torch
@@ -18,6 +21,7 @@ if TYPE_CHECKING:  # the command line reads CRITERIA and must not wait for torch
     from torch import nn
 
     from LLMPruner.forward import LayerRunner
+    from LLMPruner.methods.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -27,89 +31,173 @@ class UnitScores:
     kv_groups: torch.Tensor
     channels: torch.Tensor
 
-
-@dataclass
-class LayerStatistics:
-    """Sums over the calibration tokens of one layer: squared gate gradients per KV group and per channel."""
-
-    group_gates: torch.Tensor
-    channel_gates: torch.Tensor
-    tokens: int = 0
+    def of(self, kind: str) -> torch.Tensor:
+        """The scores of the attention's or the MLP's units."""
+        return self.kv_groups if kind == "attention" else self.channels
 
 
-Score = Callable[["nn.Module", LayerStatistics | None, Geometry, int], UnitScores]
+@dataclass(frozen=True)
+class SublayerStatistics:
+    """What calibration tells of one sublayer: moments of its output projection's inputs, and per unit the mean squared
+    gradient of its gate `(units,)`. None where no criterion asked."""
+
+    moments: Moments | None = None
+    gates: torch.Tensor | None = None
+
+
+LayerStatistics = tuple[SublayerStatistics, SublayerStatistics]  # of the attention and of the MLP
+
+
+@dataclass(frozen=True)
+class SublayerView:
+    """A sublayer as the criteria see it: units that own rows of some projections and columns of the output projection."""
+
+    units: int
+    output: torch.Tensor  # (hidden, columns): weight of o_proj or down_proj
+    rows: tuple[torch.Tensor, ...]  # (units * rows of a unit, hidden) each: q, k and v, or gate and up
+    statistics: SublayerStatistics
+    seed: int
+
+    def per_unit(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a value per row or column `(units * n,)` into one per unit `(units,)`: a unit's ones are adjacent."""
+        return values.view(self.units, -1).sum(1)
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function `(layer, statistics, geometry, seed)` and whether it needs gate gradients."""
+    """A scoring function and the statistics it reads: gates, moments (mean and mean square) or gram."""
 
-    score: Score
-    needs_gates: bool = False
+    score: Callable[[SublayerView], torch.Tensor]
+    needs: str | None = None
 
 
-def taylor(layer: nn.Module, statistics: LayerStatistics | None, geometry: Geometry, seed: int) -> UnitScores:
+def taylor(view: SublayerView) -> torch.Tensor:
     """Fisher-Taylor: the mean squared gradient of the unit's gate, taken per token.
 
     Second-order effect on the loss of removing the unit, up to a constant (Molchanov et al. 2019; Kwon et al. 2022).
     """
-    return UnitScores(statistics.group_gates / statistics.tokens, statistics.channel_gates / statistics.tokens)
+    return view.statistics.gates
 
 
-def magnitude(layer: nn.Module, statistics: LayerStatistics | None, geometry: Geometry, seed: int) -> UnitScores:
+def obs(view: SublayerView) -> torch.Tensor:
+    """Optimal Brain Surgeon: the rise of the sublayer's output error when the unit goes and all kept ones are refitted.
+
+    (Hassibi & Stork 1992; ZipLM, Kurtic et al. 2023; OSSCAR, Meng et al. 2024.)
+    """
+    return removal_costs(view.output, view.statistics.moments.gram, view.output.shape[1] // view.units)
+
+
+def flap(view: SublayerView) -> torch.Tensor:
+    """Weighted input variance, standardized within the sublayer (FLAP, An et al. 2024).
+
+    What a unit adds on average a bias can replace; only what fluctuates is lost: Var(x_j) |W_j|^2.
+    """
+    score = view.per_unit(view.statistics.moments.variance * view.output.float().square().sum(0))
+    return (score - score.mean()) / score.std(correction=0).clamp_min(1e-12)
+
+
+def wanda(view: SublayerView) -> torch.Tensor:
+    """Structured Wanda (Sun et al. 2024; Wanda-sp in An et al. 2024): |W_ij| |x_j| summed over the unit's columns."""
+    return view.per_unit(view.output.float().abs().sum(0) * view.statistics.moments.mean_square.sqrt())
+
+
+def magnitude(view: SublayerView) -> torch.Tensor:
     """Squared L2 norm of all weights of the unit (Li et al. 2017)."""
-    attention, mlp = layer.self_attn, layer.mlp
-    rows = {name: getattr(attention, name).weight.float().square().sum(1) for name in ("q_proj", "k_proj", "v_proj")}
-    groups = sum(group_scores(row, geometry.num_kv_heads) for row in rows.values())
-    groups = groups + group_scores(attention.o_proj.weight.float().square().sum(0), geometry.num_kv_heads)
-    channels = sum(getattr(mlp, name).weight.float().square().sum(1) for name in ("gate_proj", "up_proj"))
-    channels = channels + mlp.down_proj.weight.float().square().sum(0)
-    return UnitScores(groups.detach().cpu(), channels.detach().cpu())
+    total = view.per_unit(view.output.float().square().sum(0))
+    return sum((view.per_unit(weight.float().square().sum(1)) for weight in view.rows), total)
 
 
-def random(layer: nn.Module, statistics: LayerStatistics | None, geometry: Geometry, seed: int) -> UnitScores:
+def random(view: SublayerView) -> torch.Tensor:
     """Uniform noise, the control: anything worth using must beat it."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    return UnitScores(
-        torch.rand(geometry.num_kv_heads, generator=generator), torch.rand(geometry.intermediate_size, generator=generator)
-    )
+    return torch.rand(view.units, generator=torch.Generator().manual_seed(view.seed))
 
 
 CRITERIA: dict[str, Criterion] = {
-    "taylor": Criterion(taylor, needs_gates=True),
+    "taylor": Criterion(taylor, needs="gates"),
+    "obs": Criterion(obs, needs="gram"),
+    "flap": Criterion(flap, needs="moments"),
+    "wanda": Criterion(wanda, needs="moments"),
     "magnitude": Criterion(magnitude),
     "random": Criterion(random),
 }
 
 
 def score_units(
-    runner: LayerRunner, geometry: Geometry, importance: str, *, windows: torch.Tensor | None, seed: int
+    runner: LayerRunner, geometry: Geometry, importance: str, *, windows: torch.Tensor, seed: int
 ) -> list[UnitScores]:
-    """Score every layer's units by the named criterion; `windows` `(n, seq_len)` feed those that need gates."""
+    """Score every layer's units by the named criterion; `windows` `(n, seq_len)` feed those that need statistics."""
     criterion = CRITERIA[importance]
-    statistics = gate_statistics(runner, geometry, windows) if criterion.needs_gates else [None] * runner.num_layers
     return [
-        criterion.score(runner.decoder_layer(index), gathered, geometry, seed + index)
-        for index, gathered in enumerate(statistics)
+        score_layer(criterion, runner.decoder_layer(index), geometry, statistics, seed + 2 * index)
+        for index, statistics in enumerate(gather_statistics(runner, geometry, windows, {criterion.needs}))
     ]
 
 
-def gate_statistics(runner: LayerRunner, geometry: Geometry, windows: torch.Tensor) -> list[LayerStatistics]:
-    """Gather every layer's squared gate gradients in one streamed pass over `windows`."""
+def score_layer(
+    criterion: Criterion, layer: nn.Module, geometry: Geometry, statistics: LayerStatistics, seed: int
+) -> UnitScores:
+    """The scores of one dense layer's units."""
+    scores = []
+    for place, (kind, gathered) in enumerate(zip(KINDS.values(), statistics, strict=True)):
+        score = criterion.score(sublayer_view(kind, layer, geometry, gathered, seed + place)).float().cpu()
+        if not score.isfinite().all():
+            raise RunError(f"the {kind.name} scores are not finite: run diagnose_model.py on the model, or try --dtype float32")
+        scores.append(score)
+    return UnitScores(*scores)
+
+
+def sublayer_view(
+    kind: Kind, layer: nn.Module, geometry: Geometry, statistics: SublayerStatistics, seed: int = 0
+) -> SublayerView:
+    """One sublayer of a dense decoder layer, as the criteria see it."""
+    module = kind.module(layer)
+    rows = tuple(getattr(module, name).weight.detach() for name in kind.inputs)
+    return SublayerView(kind.units(geometry), kind.projection(layer).weight.detach(), rows, statistics, seed)
+
+
+def gather_statistics(
+    runner: LayerRunner, geometry: Geometry, windows: torch.Tensor, needs: Collection[str | None]
+) -> Iterator[LayerStatistics]:
+    """The statistics that `needs` names (gates, moments, gram), layer by layer over `windows` `(n, seq_len)`.
+
+    Moments are streamed: one layer's Gram matrices are alive at a time. Gate gradients come from the last layer to the
+    first, so their sums, one number a unit, are all kept.
+    """
+    nothing = (None, None)
+    gates = gate_statistics(runner, geometry, windows) if "gates" in needs else [nothing] * runner.num_layers
+    if {"moments", "gram"} & set(needs):
+        moments = _moments(runner, windows, gram="gram" in needs)
+    else:
+        moments = iter([nothing] * runner.num_layers)
+    for (groups, channels), (attention, mlp) in zip(gates, moments, strict=True):
+        yield SublayerStatistics(attention, groups), SublayerStatistics(mlp, channels)
+
+
+def _moments(runner: LayerRunner, windows: torch.Tensor, *, gram: bool) -> Iterator[tuple[Moments, Moments]]:
+    """The moments of every layer's o_proj and down_proj inputs."""
+    from LLMPruner.methods.moments import Moments
+
+    hidden = runner.embed(windows)
+    for index in range(runner.num_layers):
+        attention, mlp = Moments(gram=gram), Moments(gram=gram)
+        hidden = runner.mlp(index, runner.attention(index, hidden, attention.add), mlp.add)
+        yield attention, mlp
+
+
+def gate_statistics(runner: LayerRunner, geometry: Geometry, windows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every layer's mean squared gate gradients, float32 `(kv_heads,)` and `(intermediate,)`, in one pass over `windows`."""
     import torch
 
-    sums = [
-        LayerStatistics(torch.zeros(geometry.num_kv_heads), torch.zeros(geometry.intermediate_size))
-        for _ in range(runner.num_layers)
-    ]
+    groups = [torch.zeros(geometry.num_kv_heads) for _ in range(runner.num_layers)]
+    channels = [torch.zeros(geometry.intermediate_size) for _ in range(runner.num_layers)]
 
     def visit(index: int, attention: torch.Tensor, mlp: torch.Tensor) -> None:
-        groups = attention.unflatten(-1, (geometry.num_kv_heads, -1)).sum(-1)  # (batch, seq_len, kv_heads)
-        sums[index].group_gates += groups.square().sum((0, 1)).cpu()
-        sums[index].channel_gates += mlp.square().sum((0, 1)).cpu()
-        sums[index].tokens += attention.shape[0] * attention.shape[1]
+        per_group = attention.unflatten(-1, (geometry.num_kv_heads, -1)).sum(-1)  # (batch, seq_len, kv_heads)
+        groups[index] += per_group.square().sum((0, 1)).cpu()
+        channels[index] += mlp.square().sum((0, 1)).cpu()
 
     runner.gate_gradients(windows, visit)
-    return sums
+    tokens = windows.numel()
+    return [(group / tokens, channel / tokens) for group, channel in zip(groups, channels, strict=True)]

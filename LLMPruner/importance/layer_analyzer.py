@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.checkpoint import write_json
-from LLMPruner.errors import UsageError
+from LLMPruner.errors import RunError, UsageError
 from LLMPruner.run import read_json_file
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ def analyze_layers(runner: LayerRunner, windows: torch.Tensor, method: str, **re
     """Score all layers by `method`; `record` fills the provenance fields of the result."""
     scores = LAYER_METHODS[method](runner, windows)
     for index, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise RunError(f"layer {index} has a score of {score}: run diagnose_model.py on the model, or try --dtype float32")
         logger.info("layer %2d importance %.5f (%s)", index, score, method)
     return LayerImportance(tuple(scores), method, windows.shape[0], windows.shape[1], **record)
 

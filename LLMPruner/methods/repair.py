@@ -1,39 +1,95 @@
-"""Closed-form repair: the output weights of what a sublayer keeps are solved again, so that it answers as it did dense."""
+"""Closed-form repair: the output projection of what a sublayer keeps is solved again, so that the model answers as dense.
+
+A repair is one function from a sublayer's `Evidence` to new output weights, and one entry in REPAIRS.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line reads REPAIRS and must not wait for torch
     import torch
 
+    from LLMPruner.methods.moments import Moments
+
 RIDGE = 0.01  # pull towards the original weights, relative to the mean diagonal of the kept Gram matrix
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # strengths that held-out windows choose from
 
 
-class Gram:
-    """The second moment `X'X / n` of a sublayer's inputs, gathered batch by batch in float32."""
+@dataclass(frozen=True)
+class Evidence:
+    """What calibration tells a repair about one sublayer of the pruned model.
 
-    def __init__(self) -> None:
-        self._sum: torch.Tensor | None = None
-        self.count = 0
+    `fit` and `held_out` are moments of the inputs to the output projection, all dense columns, over disjoint windows. Their
+    targets are, side by side, the dense sublayer's output on the dense stream and what would also undo the drift of the
+    residual stream: `(2 * hidden,)`.
+    """
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add a batch of inputs `(tokens, columns)`."""
-        rows = inputs.float()
-        product = rows.T @ rows
-        self._sum = product if self._sum is None else self._sum.add_(product)
-        self.count += rows.shape[0]
-
-    @property
-    def matrix(self) -> torch.Tensor:
-        """`(columns, columns)`, float32. Raises ValueError before any input was added."""
-        if self._sum is None:
-            raise ValueError("no input was added to the Gram matrix")
-        return self._sum / self.count
+    weight: torch.Tensor  # (hidden, columns), dense
+    kept: torch.Tensor  # ascending column indices (k,)
+    fit: Moments
+    held_out: Moments
 
 
-def least_squares(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, *, ridge: float = RIDGE) -> torch.Tensor:
+@dataclass(frozen=True)
+class Healed:
+    """New output weights `(hidden, k)` for the kept columns, what to add to the bias `(hidden,)`, and how they were chosen."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    choice: str = ""
+
+
+def least_squares(evidence: Evidence) -> Healed:
+    """Ridge regression for the output weights; its target and strength are chosen on the held-out windows.
+
+    The target is the sublayer's own function, or a step from it towards the dense model's output or towards that and the
+    residual stream's drift; the step's length minimizes the distance to the dense residual stream on the held-out windows.
+    Sliced weights without a repair are a candidate as well, so too few tokens do no harm. The chosen setting is then solved
+    on all windows.
+    """
+    weight, kept = evidence.weight.float(), evidence.kept.to(evidence.weight.device)
+    original, hidden = weight[:, kept], weight.shape[0]
+    gram = evidence.held_out.gram[kept][:, kept]
+    drift = evidence.held_out.cross[hidden:, kept]
+    best = (_distance(original, gram, drift), "none", 0.0, 0.0)
+    for ridge in RIDGES:  # candidates in float32, which is twice as fast; what is chosen is solved in float64
+        own, *others = solve_targets(weight, evidence.fit, kept, ridge)
+        for name, other in zip(("dense", "drift"), others, strict=True):
+            step = other - own
+            curved = step @ gram
+            curvature, slope = (curved * step).sum().item(), ((own @ gram - drift) * step).sum().item()
+            share = min(max(-slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+            distance = _distance(own, gram, drift) + 2 * share * slope + share**2 * curvature
+            best = min(best, (distance, name if share else "own", share, ridge))
+    _, name, share, ridge = best
+    if name == "none":
+        return Healed(original.to(evidence.weight.dtype), choice="none")
+    own, dense, undrifted = solve_targets(weight.double(), evidence.fit + evidence.held_out, kept, ridge)
+    healed = own + share * ((undrifted if name == "drift" else dense) - own)
+    return Healed(healed.to(evidence.weight.dtype), choice=f"{name} {share:.2f} ridge {ridge:g}")
+
+
+def _distance(weight: torch.Tensor, gram: torch.Tensor, drift: torch.Tensor) -> float:
+    """Mean squared distance to the dense residual stream, up to a constant: `gram` E[x x'], `drift` E[y x']."""
+    return ((weight @ gram - 2 * drift) * weight).sum().item()
+
+
+def bias(evidence: Evidence) -> Healed:
+    """FLAP's mean compensation (An et al. 2024): what the removed columns added on average goes into the bias."""
+    import torch
+
+    moments = evidence.fit + evidence.held_out
+    gone = torch.ones(evidence.weight.shape[1], dtype=torch.bool, device=evidence.weight.device)
+    kept = evidence.kept.to(gone.device)
+    gone[kept] = False
+    added = evidence.weight[:, gone].float() @ moments.mean[gone]
+    return Healed(evidence.weight[:, kept], added.to(evidence.weight.dtype), choice="mean")
+
+
+def solve_own(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, *, ridge: float = RIDGE) -> torch.Tensor:
     """Output weights for the kept input columns that best reproduce `weight` on inputs with the given Gram matrix.
 
     Minimizes E|W x - V x_S|^2 + mu |V - W_S|^2 over V, with x_S the kept inputs and mu = ridge * mean diag(H_SS):
@@ -45,26 +101,34 @@ def least_squares(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, 
         gram: `(columns, columns)`, the mean of x x' over the calibration tokens.
         kept: ascending column indices `(k,)`.
     Returns:
-        `(hidden, k)` in the dtype of `weight`; solved in float64, because H is close to singular.
+        `(hidden, k)` in the dtype of `weight`, float32 or float64.
     """
+    gram, kept = gram.to(weight.dtype), kept.to(weight.device)
+    return _solve([weight @ gram[:, kept]], gram[kept][:, kept], weight[:, kept], ridge)[0]
+
+
+def solve_targets(weight: torch.Tensor, moments: Moments, kept: torch.Tensor, ridge: float) -> list[torch.Tensor]:
+    """`solve_own`, and the same for the two targets of `Evidence`: three times `(hidden, k)` in the dtype of `weight`."""
+    gram, cross = moments.gram.to(weight.dtype), moments.cross.to(weight.dtype)[:, kept]
+    targets = [weight @ gram[:, kept], *cross.split(weight.shape[0])]
+    return _solve(targets, gram[kept][:, kept], weight[:, kept], ridge)
+
+
+def _solve(targets: list[torch.Tensor], system: torch.Tensor, original: torch.Tensor, ridge: float) -> list[torch.Tensor]:
+    """(T + mu W_S)(H_SS + mu I)^-1 for each target T = E[y x_S'], with mu = ridge * mean diag(H_SS)."""
     import torch
 
-    solve_on = torch.device("cpu") if weight.device.type == "mps" else weight.device  # mps has no float64
-    kept = kept.to(solve_on)
-    wide = weight.to(solve_on, torch.float64)
-    gram = gram.to(solve_on, torch.float64)
-    original = wide[:, kept]
-    system = gram[kept][:, kept]
     mu = ridge * system.diagonal().mean()
     if not mu > 0:  # the kept inputs were all zero: nothing to solve for
-        return weight[:, kept.to(weight.device)].clone()
+        return [original.clone() for _ in targets]
+    system = system.clone()
     system.diagonal().add_(mu)
-    right = wide @ gram[:, kept] + mu * original
+    right = torch.cat([target + mu * original for target in targets])
     factor, failed = torch.linalg.cholesky_ex(system)
-    solved = torch.cholesky_solve(right.T, factor).T
+    solved = torch.cholesky_solve(right.T, factor)
     if failed.item():  # rounding in the Gram matrix outweighs the ridge
-        solved = torch.linalg.lstsq(system, right.T).solution.T
-    return solved.to(weight.device, weight.dtype)
+        solved = torch.linalg.lstsq(system, right.T).solution
+    return list(solved.T.split(original.shape[0]))
 
 
 def output_error(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, solved: torch.Tensor) -> float:
@@ -74,7 +138,18 @@ def output_error(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, s
     return ((difference @ gram.double()) * difference).sum().item()
 
 
-Solver = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+@dataclass(frozen=True)
+class Repair:
+    """A repair; whether it adds an output bias, and whether it also refits sublayers that keep everything."""
 
-# What a repair computes from (weight, gram, kept); None leaves the sliced weights as they are.
-REPAIRS: dict[str, Solver | None] = {"least_squares": least_squares, "none": None}
+    heal: Callable[[Evidence], Healed]
+    adds_bias: bool = False
+    refits_whole: bool = False
+
+
+# None leaves the sliced weights as they are.
+REPAIRS: dict[str, Repair | None] = {
+    "least_squares": Repair(least_squares, refits_whole=True),
+    "bias": Repair(bias, adds_bias=True),
+    "none": None,
+}

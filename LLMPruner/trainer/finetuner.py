@@ -47,7 +47,7 @@ def train_and_save(
     """
     adapter_dir = run.dir / "adapter" if save and config.method == "lora" else None
     with run.stage("train") as record:
-        record |= finetune(loaded, config, windows, seed=seed, adapter_dir=adapter_dir)
+        record |= finetune(loaded, config, windows, seed=seed, adapter_dir=adapter_dir, base=base)
     loaded.provenance["finetune"] = _provenance(config, len(windows), seed, base, run.command)
     if save:
         with run.stage("save"):
@@ -57,13 +57,19 @@ def train_and_save(
 
 
 def finetune(
-    loaded: LoadedModel, config: FinetuneConfig, windows: torch.Tensor, *, seed: int, adapter_dir: Path | None = None
+    loaded: LoadedModel,
+    config: FinetuneConfig,
+    windows: torch.Tensor,
+    *,
+    seed: int,
+    adapter_dir: Path | None = None,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """Train `loaded.model` on packed windows `(n, seq_len)`, int64; every token but the first of a window is a target.
 
-    LoRA adapters are saved to `adapter_dir` and merged, so the model is afterwards what it was, with other weights. Returns
-    method, steps, trainable parameters, learning rate, and the first and last logged loss (nats a token). Raises RunError
-    on a non-finite loss or gradient; a model under LoRA then has its old weights back.
+    LoRA adapters are saved to `adapter_dir`, naming `base` as their model, and merged, so the model is afterwards what it
+    was, with other weights. Returns method, steps, trainable parameters, learning rate, and the first and last logged loss
+    (nats a token). Raises RunError on a non-finite loss or gradient; a model under LoRA then has its old weights back.
     """
     model = loaded.model
     weights = adapters(model, config.lora, seed) if config.method == "lora" else float32_weights(model)
@@ -73,7 +79,7 @@ def finetune(
         logger.info("training %s parameters of %s", f"{trainable:,}", f"{loaded.plan.total_params:,} in the model")
         steps, losses = _train(trained, config, windows, precision, seed)
         if adapter_dir is not None:
-            _save_adapter(trained, adapter_dir)
+            _save_adapter(trained, adapter_dir, base)
     return {
         "method": config.method,
         "steps": steps,
@@ -209,10 +215,15 @@ def _collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+def _steps(config: FinetuneConfig, count: int) -> int:
+    """Optimizer steps of a training on `count` windows."""
+    return math.ceil(math.ceil(count / config.batch_size) / config.grad_accum) * config.epochs
+
+
 def _arguments(
     config: FinetuneConfig, count: int, folder: str, device: torch.device, precision: torch.dtype, seed: int
 ) -> TrainingArguments:
-    steps = math.ceil(math.ceil(count / config.batch_size) / config.grad_accum) * config.epochs
+    steps = _steps(config, count)
     on_gpu = device.type == "cuda"
     half = on_gpu and precision != torch.float32  # who asks for --dtype float32 gets no autocast
     bf16 = half and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -224,7 +235,7 @@ def _arguments(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        warmup_steps=min(config.warmup_steps, steps // 10),  # a short run must not spend itself warming up
+        warmup_steps=config.warmup(steps),
         lr_scheduler_type="cosine",
         logging_steps=max(1, steps // 20),
         logging_first_step=True,
@@ -245,10 +256,12 @@ def _arguments(
     return arguments
 
 
-def _save_adapter(model: torch.nn.Module, folder: Path) -> None:
+def _save_adapter(model: torch.nn.Module, folder: Path, base: Path | None) -> None:
     """Write the adapter to a temporary sibling, then put it in place of an older one whole."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    if base is not None:  # peft would name the dense model that the weights came from once
+        model.peft_config["default"].base_model_name_or_path = str(base.resolve())
     try:
         model.save_pretrained(temporary, save_embedding_layers=False)  # "auto" would ask the hub about the vocabulary
         shutil.rmtree(folder, ignore_errors=True)
@@ -265,6 +278,7 @@ def _provenance(config: FinetuneConfig, windows: int, seed: int, base: Path, com
         settings["lora"] = asdict(config.lora)
     return settings | {
         "lr": config.learning_rate,
+        "warmup_steps": config.warmup(_steps(config, windows)),
         "corpus": config.dataset,
         "split": "train",
         "windows": windows,

@@ -54,7 +54,7 @@ def requests(draw, **fixed) -> tuple[Geometry, PruneConfig, list[float]]:
         "round_to": draw(st.none() | st.integers(1, 64)),
         "layer_start": start,
         "layer_end": draw(st.none() | st.integers(start + 1, geometry.num_layers)),
-        "pruning_strategy": draw(st.sampled_from(sorted(STRATEGIES))),
+        "pruning_strategy": draw(st.sampled_from(sorted(set(STRATEGIES) - {"search"}))),
         "layer_importance_weight": draw(st.sampled_from([0.0, 0.3, 1.0, 3.0, 500.0])),
         "min_pruning_rate": low,
         "max_pruning_rate": high,
@@ -80,7 +80,7 @@ def planned(geometry: Geometry, config: PruneConfig, scores: list[float]) -> tup
         )
         for _ in range(geometry.num_layers)
     ]
-    return build_plan(geometry, allocate(budget, scores, config), units), budget.target
+    return build_plan(geometry, allocate(budget, scores, config, units), units), budget.target
 
 
 def named_ratio(error: UsageError) -> float:
@@ -237,7 +237,7 @@ def test_uniform_removes_the_same_from_every_layer_up_to_rounding(request):
 
 
 @settings(deadline=None, max_examples=100)
-@given(requests(layer_importance_weight=0.0, freeze_top_n_layers=0))
+@given(requests(layer_importance_weight=0.0, freeze_top_n_layers=0, pruning_strategy="inverse"))
 def test_weight_zero_is_uniform(request):
     geometry, config, scores = request
     plan, _ = feasible(*request)

@@ -8,6 +8,7 @@ from conftest import each_architecture, geometry_of, random_windows, tiny_model
 from torch import nn
 from torch.nn import functional
 
+from LLMPruner.errors import RunError
 from LLMPruner.forward import LayerRunner
 from LLMPruner.importance.allocation import build_plan
 from LLMPruner.importance.criteria import CRITERIA, score_units
@@ -57,12 +58,13 @@ def test_every_criterion_scores_every_unit(changes, importance):
         assert layer.kv_groups.shape == (geometry.num_kv_heads,) and layer.channels.shape == (geometry.intermediate_size,)
         for values in (layer.kv_groups, layer.channels):
             assert values.dtype == torch.float32 and values.device.type == "cpu" and not values.requires_grad
-            assert values.isfinite().all() and (values >= 0).all() and len(values.unique()) > 1
+            assert values.isfinite().all() and len(values.unique()) > 1
+            assert (values >= 0).all() or importance == "flap"  # which is standardized
 
 
 @pytest.mark.parametrize("importance", sorted(set(CRITERIA) - {"random", "magnitude"}))
 @each_architecture
-def test_a_unit_without_output_weights_scores_zero_and_goes_first(changes, importance):
+def test_a_unit_without_output_weights_goes_first(changes, importance):
     model = tiny_model(**changes)
     geometry = geometry_of(model)
     layer = model.model.layers[2]
@@ -70,7 +72,7 @@ def test_a_unit_without_output_weights_scores_zero_and_goes_first(changes, impor
         layer.self_attn.o_proj.weight[:, query_columns([1], geometry)] = 0
         layer.mlp.down_proj.weight[:, 17] = 0
     scores = scored(model, importance)
-    assert scores[2].kv_groups[1] == 0 and scores[2].channels[17] == 0
+    assert scores[2].kv_groups.argmin() == 1 and scores[2].channels.argmin() == 17
     kept = {(2, "attention"): geometry.num_kv_heads - 1, (2, "mlp"): geometry.intermediate_size - 1}
     plan = build_plan(geometry, kept, scores)
     assert 1 not in plan.layers[2].kv_groups and 17 not in plan.layers[2].channels
@@ -124,3 +126,60 @@ def test_scoring_leaves_the_weights_as_they_were():
         scored(model, importance)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
+
+
+def inputs_of(model, index: int, windows: torch.Tensor = WINDOWS) -> tuple[torch.Tensor, torch.Tensor]:
+    """What reaches o_proj and down_proj of a layer, `(tokens, columns)`, by plain hooks."""
+    seen, layer = [], model.model.layers[index]
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)
+    ]
+    model(windows)
+    for hook in hooks:
+        hook.remove()
+    return seen[0], seen[1]
+
+
+def test_wanda_is_the_sum_of_weights_times_input_norms():
+    model = tiny_model()
+    layer, (queries, channels) = model.model.layers[1], inputs_of(model, 1)
+    scores = scored(model, "wanda")[1]
+    for got, weight, rows in (
+        (scores.kv_groups, layer.self_attn.o_proj.weight, queries),
+        (scores.channels, layer.mlp.down_proj.weight, channels),
+    ):
+        naive = (weight.abs() * rows.square().mean(0).sqrt()).sum(0).view(len(got), -1).sum(1)
+        torch.testing.assert_close(got, naive.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_flap_ranks_by_what_fluctuates_and_not_by_what_is_constant():
+    """A channel that adds the same on every token ranks last, however large it is: the bias can replace it."""
+    model = tiny_model()
+    layer, (_, channels) = model.model.layers[1], inputs_of(model, 1)
+    scores = scored(model, "flap")[1]
+    naive = channels.var(0, correction=0) * layer.mlp.down_proj.weight.square().sum(0)
+    naive = (naive - naive.mean()) / naive.std(correction=0)
+    torch.testing.assert_close(scores.channels, naive.detach(), rtol=1e-3, atol=1e-4)
+    assert abs(scores.channels.mean()) < 1e-4 and scores.channels.std(correction=0) == pytest.approx(1, abs=1e-3)
+
+
+def test_obs_prefers_the_unit_that_the_others_can_replace():
+    """Channel 3 is made a copy of channel 5: one of the two goes first, whatever its weights."""
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+    with torch.no_grad():
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight[3] = linear.weight[5]
+        mlp.down_proj.weight[:, 3] *= 3
+        mlp.down_proj.weight[:, 5] *= 3
+    assert scored(model, "wanda", windows=random_windows(40, 16))[1].channels.argsort()[0] not in (3, 5)
+    assert scored(model, "obs", windows=random_windows(40, 16))[1].channels.argsort()[0] in (3, 5)
+
+
+def test_a_model_with_a_broken_weight_is_refused_with_a_sentence():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(RunError, match="not finite: run diagnose_model.py"):
+        scored(model, "taylor")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
@@ -11,7 +13,9 @@ from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.methods.gqa_aware import query_columns
-from LLMPruner.methods.repair import Gram, least_squares, output_error
+from LLMPruner.methods.moments import Moments
+from LLMPruner.methods.repair import REPAIRS
+from LLMPruner.methods.sublayers import KINDS
 from LLMPruner.model import find_model, load_model
 from LLMPruner.plan import LayerPlan, PruningPlan
 
@@ -31,13 +35,21 @@ def masked_model(plan: PruningPlan, **changes):
     """The dense model with the output columns of everything removed set to zero."""
     model = tiny_model(**changes)
     for layer, kept in zip(model.model.layers, plan.layers, strict=True):
-        mask = torch.zeros(layer.self_attn.o_proj.in_features)
-        mask[query_columns(kept.kv_groups, plan.geometry)] = 1
-        layer.self_attn.o_proj.weight *= mask
-        mask = torch.zeros(layer.mlp.down_proj.in_features)
-        mask[list(kept.channels)] = 1
-        layer.mlp.down_proj.weight *= mask
+        columns = query_columns(kept.kv_groups, plan.geometry) if kept.kv_groups else []
+        for linear, kept_columns in ((layer.self_attn.o_proj, columns), (layer.mlp.down_proj, list(kept.channels))):
+            mask = torch.zeros(linear.in_features)
+            mask[kept_columns] = 1
+            linear.weight *= mask
+            if not len(kept_columns) and linear.bias is not None:
+                linear.bias.zero_()
     return model
+
+
+def without_sublayers(geometry) -> PruningPlan:
+    """A plan in which layer 1 has no attention, layer 2 no MLP, and layer 3 neither."""
+    whole = PruningPlan.dense(geometry).layers[0]
+    plan = PruningPlan.dense(geometry).with_layer(1, LayerPlan((), whole.channels[:40]))
+    return plan.with_layer(2, LayerPlan(whole.kv_groups, ())).with_layer(3, LayerPlan((), ()))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -76,41 +88,86 @@ def test_a_dense_plan_changes_nothing(repair):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
 
 
-def test_repair_touches_nothing_but_the_output_projections_of_pruned_sublayers():
-    repaired, plan = pruned_model(repair="least_squares")
+def test_repair_touches_nothing_but_output_projections_and_nothing_before_the_first_pruned_layer():
+    repaired, _ = pruned_model(repair="least_squares")
     sliced, _ = pruned_model()
     changed = {
         name
         for (name, a), (_, b) in zip(repaired.named_parameters(), sliced.named_parameters(), strict=True)
         if not torch.equal(a, b)
     }
-    expected = set()
-    for index, kept in enumerate(plan.layers):
-        if len(kept.kv_groups) < plan.geometry.num_kv_heads:
-            expected.add(f"model.layers.{index}.self_attn.o_proj.weight")
-        if len(kept.channels) < plan.geometry.intermediate_size:
-            expected.add(f"model.layers.{index}.mlp.down_proj.weight")
-    assert changed == expected and len(expected) > 2
+    assert all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed) and len(changed) > 2
+    assert not any(name.startswith("model.layers.0.") for name in changed), "random_plan leaves layer 0 whole"
 
 
+@pytest.mark.parametrize("repair", ["bias", "least_squares"])
+@torch.no_grad()
 @each_architecture
-def test_every_mlp_is_healed_on_what_reaches_it_in_the_pruned_model(changes):
-    """The layers before are pruned and healed, and so is the layer's own attention, when an MLP's inputs are measured."""
-    repaired, plan = pruned_model(repair="least_squares", **changes)
-    for index, kept in enumerate(plan.layers):
-        dense = tiny_model(**changes).model.layers[index].mlp.down_proj.weight.detach()
-        whole = tuple(range(plan.geometry.intermediate_size))
-        before = (*plan.layers[:index], LayerPlan(kept.kv_groups, whole))
-        rest = PruningPlan.dense(plan.geometry).layers[index + 1 :]
-        partly = LayerRunner(tiny_model(**changes))
-        apply_plan(partly, PruningPlan(plan.geometry, before + rest), repair="least_squares", windows=CALIBRATION)
-        gram, channels = Gram(), torch.tensor(kept.channels)
-        partly.mlp(index, partly.attention(index, partly.layers(partly.embed(CALIBRATION), 0, index)), gram.add)
-        healed = repaired.model.layers[index].mlp.down_proj.weight.detach()
-        if kept.channels != whole:
-            torch.testing.assert_close(healed, least_squares(dense, gram.matrix, channels), rtol=1e-3, atol=1e-4)
-            sliced = output_error(dense, gram.matrix, channels, dense[:, channels])
-            assert output_error(dense, gram.matrix, channels, healed) < sliced
+def test_every_sublayer_is_healed_on_what_reaches_it_in_the_pruned_model(monkeypatch, changes, repair):
+    """The inputs in the evidence are those of the final model, its targets those of the dense one."""
+    model = tiny_model(**changes)
+    plan, seen = replace(random_plan(geometry_of(model)), output_bias=repair == "bias"), []
+    method = REPAIRS[repair]
+
+    def watched(evidence):
+        seen.append(evidence)
+        return method.heal(evidence)
+
+    monkeypatch.setitem(REPAIRS, repair, replace(method, heal=watched))
+    apply_plan(LayerRunner(model), plan, repair=repair, windows=CALIBRATION)
+    runner, dense, checked = LayerRunner(model), LayerRunner(tiny_model(**changes)), 0
+    hidden, target = runner.embed(CALIBRATION), dense.embed(CALIBRATION)
+    for index in range(runner.num_layers):
+        for kind in KINDS.values():
+            moments, before, target_before = Moments(), hidden, target
+            hidden, target = kind.step(runner)(index, hidden, moments.add), kind.step(dense)(index, target)
+            if len(kind.kept(plan, index)) == kind.units(plan.geometry):
+                continue
+            found = next(e for e in seen if torch.equal(e.weight, kind.projection(dense.decoder_layer(index)).weight))
+            total, checked = found.fit + found.held_out, checked + 1
+            columns = kind.columns(kind.kept(plan, index), plan.geometry)
+            torch.testing.assert_close(total.gram[columns][:, columns], moments.gram, rtol=1e-3, atol=1e-4)
+            drifted = total.cross[plan.geometry.hidden_size :, columns]
+            bias = kind.projection(dense.decoder_layer(index)).bias
+            wanted = target - before - (0 if bias is None else bias)
+            rows: list[torch.Tensor] = []
+            kind.step(runner)(index, before, rows.append)
+            again = wanted.flatten(0, 1).T @ torch.cat(rows) / CALIBRATION.numel()
+            torch.testing.assert_close(drifted, again, rtol=1e-3, atol=1e-4)
+            assert not torch.equal(target_before, before) or index <= 1
+    assert checked >= 4
+
+
+@torch.no_grad()
+@each_architecture
+def test_removed_sublayers_add_nothing_and_cost_no_parameters(changes):
+    model = tiny_model(**changes)
+    plan = without_sublayers(geometry_of(model))
+    apply_plan(LayerRunner(model), plan)
+    torch.testing.assert_close(model(WINDOWS).logits, masked_model(plan, **changes)(WINDOWS).logits)
+    assert sum(parameter.numel() for parameter in model.parameters()) == plan.total_params
+    prompt = WINDOWS[:2, :6]
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    cached, uncached = (model.generate(prompt, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+@torch.no_grad()
+@each_architecture
+def test_the_bias_repair_keeps_the_mean_of_every_pruned_sublayers_answer(changes):
+    """On the calibration windows, the mean of what a pruned sublayer adds equals that of its dense weights there."""
+    model = tiny_model(**changes)
+    plan = replace(random_plan(geometry_of(model)), output_bias=True)
+    apply_plan(LayerRunner(model), plan, repair="bias", windows=CALIBRATION)
+    assert sum(parameter.numel() for parameter in model.parameters()) == plan.total_params
+    runner, dense = LayerRunner(model), LayerRunner(tiny_model(**changes))
+    hidden = runner.embed(CALIBRATION)
+    for index in range(runner.num_layers):
+        for kind in KINDS.values():
+            whole = kind.step(dense)(index, hidden)
+            after = kind.step(runner)(index, hidden)
+            torch.testing.assert_close((after - hidden).mean((0, 1)), (whole - hidden).mean((0, 1)), rtol=1e-3, atol=1e-4)
+            hidden = after
 
 
 @each_architecture

@@ -1,0 +1,332 @@
+"""How much per layer, by measurement: the levels of all sublayers that give the least KL from the dense model.
+
+First every sublayer is shrunk alone to a dozen levels, healed, and the KL from the dense model measured on held-out
+windows; dynamic programming over parameters turns these costs into a start. Then levels are shifted between sublayers and
+the KL of the whole pruned model decides (ZipLM, Kurtic et al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li et al. 2025).
+KL and not perplexity is the fitness: perplexity would overfit its corpus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from LLMPruner.checkpoint import write_json
+from LLMPruner.config import PruneConfig
+from LLMPruner.errors import UsageError
+from LLMPruner.importance.allocation import Budget, Sublayer, round_levels
+from LLMPruner.importance.criteria import CRITERIA, UnitScores, gather_statistics, score_layer
+from LLMPruner.methods.gqa_aware import select_units
+from LLMPruner.methods.repair import REPAIRS, solve_own
+from LLMPruner.methods.sublayers import KINDS
+from LLMPruner.run import read_json_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from LLMPruner.forward import LayerRunner
+
+logger = logging.getLogger("LLMPruner")
+
+COST_LEVELS = 12  # levels of a sublayer whose cost is measured; between them it is interpolated
+OFFSPRING = 12  # mutants a generation
+SURVIVORS = 3  # of them measured on all windows; the others die on the first half
+CELLS = 4096  # resolution of the budget in dynamic programming
+STALE = 15  # generations without an improvement that end the search
+
+
+@dataclass
+class SearchState:
+    """What a search has found so far; saved after every step, so that an interrupted one continues."""
+
+    costs: list[list[float]] = field(default_factory=list)  # by sublayer: KL at each of its levels
+    levels: list[int] | None = None  # the best so far
+    fitness: float | None = None  # its KL, nats a token
+    generation: int = 0
+    stale: int = 0  # generations since the last improvement
+
+    def save(self, path: Path, key: dict[str, Any]) -> None:
+        """Write the state as JSON; `key` says which search it belongs to."""
+        write_json(path, {"key": key, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path, key: dict[str, Any]) -> SearchState:
+        """Read it back. Raises UsageError when it is missing, malformed or of another search."""
+        data = read_json_file(path, "--resume: the search state")
+        if not isinstance(data, dict) or data.pop("key", None) != key:
+            raise UsageError(f"--resume: {path} is of a search with other settings: repeat its command, or search anew")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise UsageError(f"--resume: {path} is not a search state: {error}") from error
+
+
+class Database:
+    """Every sublayer at every level, healed: kept units as a ranking, weights solved when they are asked for.
+
+    Memory: a ranking and a Gram matrix in float16 a sublayer (0.16 GB in all for SmolLM2-135M, 14 GB for Llama-3-8B, where
+    the healed weights of all levels would be ten times that), and the few weights that were asked for last.
+    """
+
+    def __init__(self, runner: LayerRunner, budget: Budget, *, heals: bool = True) -> None:
+        self.runner, self.budget = runner, budget
+        self.scores: list[UnitScores] = []
+        self._heals = heals
+        self._grams: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
+        self._solved: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
+
+    def add_layer(self, scores: UnitScores, grams: dict[str, torch.Tensor]) -> None:
+        """Append the next layer's scores and the Gram matrices of its sublayers, by kind."""
+        self.scores.append(scores)
+        self._grams.append({kind: _packed(gram) for kind, gram in grams.items()})
+
+    def kept(self, which: int, level: int) -> tuple[int, ...]:
+        """The units that sublayer `which` of the budget keeps at `level`."""
+        sublayer = self.budget.sublayers[which]
+        return select_units(self.scores[sublayer.layer].of(sublayer.kind).tolist(), sublayer.levels[level])
+
+    def healed(self, which: int, level: int) -> torch.Tensor:
+        """Output weights of the kept columns, `(hidden, kept)`, fitted to the dense model's activations."""
+        key = (which, level)
+        if key not in self._solved:
+            sublayer = self.budget.sublayers[which]
+            kind = KINDS[sublayer.kind]
+            weight = kind.projection(self.runner.decoder_layer(sublayer.layer)).weight.detach()
+            columns = kind.columns(self.kept(which, level), self.budget.geometry).to(weight.device)
+            if self._heals:
+                gram = _unpacked(self._grams[sublayer.layer][sublayer.kind]).to(weight.device)
+                self._solved[key] = solve_own(weight.float(), gram, columns).to(weight.dtype)
+            else:
+                self._solved[key] = weight[:, columns]
+            if len(self._solved) > 4 * len(self.budget.sublayers):
+                self._solved.popitem(last=False)
+        self._solved.move_to_end(key)
+        return self._solved[key]
+
+    @contextlib.contextmanager
+    def replaced(self, levels: Sequence[int]) -> Iterator[None]:
+        """The model with every sublayer at its level of `levels`; dense again afterwards."""
+        with contextlib.ExitStack() as stack:
+            for which, level in enumerate(levels):
+                if level:
+                    stack.enter_context(self._replaced(which, level))
+            yield
+
+    @contextlib.contextmanager
+    def _replaced(self, which: int, level: int) -> Iterator[None]:
+        sublayer = self.budget.sublayers[which]
+        kind, layer = KINDS[sublayer.kind], self.runner.decoder_layer(sublayer.layer)
+        kept, dense = self.kept(which, level), kind.module(layer)
+        children = dict(dense.named_children())
+        healed = self.healed(which, level) if kept else None  # solved while the dense weights are in place
+        try:
+            kind.prune(layer, kept, self.budget.geometry)
+            if kept:
+                kind.projection(layer).weight.data = healed
+            yield
+        finally:
+            setattr(layer, kind.attribute, dense)
+            for name, child in children.items():
+                setattr(dense, name, child)
+
+
+class Fitness:
+    """KL(dense || changed), nats a token, over held-out windows `(n, seq_len)`.
+
+    Hidden states before every layer of an adopted plan are cached, so a changed plan runs from its first changed layer on.
+    """
+
+    def __init__(self, database: Database, windows: torch.Tensor) -> None:
+        self.database, self.runner, self.windows = database, database.runner, windows
+        self.levels = [0] * len(database.budget.sublayers)
+        self._hidden = self._prefixes()
+        self._dense = self.runner.log_probs(self._hidden[-1])
+
+    def adopt(self, levels: Sequence[int]) -> float:
+        """Cache the prefixes of `levels`; returns its KL."""
+        self.levels = list(levels)
+        with self.database.replaced(levels):
+            self._hidden = self._prefixes()
+        return self.runner.divergence(self._hidden[-1], self._dense)
+
+    def measure(self, levels: Sequence[int], count: int | None = None) -> float:
+        """The KL of `levels`, on the first `count` windows (None: all)."""
+        pairs = zip(self.database.budget.sublayers, levels, self.levels, strict=True)
+        start = min((sublayer.layer for sublayer, new, old in pairs if new != old), default=self.runner.num_layers)
+        with self.database.replaced(levels):
+            last = self.runner.layers(self._hidden[start][:count], start)
+        return self.runner.divergence(last, self._dense[:count])
+
+    def _prefixes(self) -> list[torch.Tensor]:
+        hidden = [self.runner.embed(self.windows)]
+        for index in range(self.runner.num_layers):
+            hidden.append(self.runner.layer(index, hidden[-1]))
+        return hidden
+
+
+def search(
+    runner: LayerRunner,
+    budget: Budget,
+    config: PruneConfig,
+    calibration: torch.Tensor,
+    held_out: torch.Tensor,
+    *,
+    limits: Sequence[tuple[int, int]],
+    seed: int,
+    state: SearchState,
+    save: Callable[[SearchState], None],
+) -> tuple[dict[tuple[int, str], int], list[UnitScores]]:
+    """Kept units of every sublayer by `(layer, kind)`, and the scores by which they are chosen.
+
+    `calibration` feeds statistics and healing, `held_out` the KL. `limits` are the first and last level of each sublayer;
+    `state` is where to begin, and `save` gets it after every step. After `config.search_minutes` the best plan so far wins.
+    """
+    deadline = time.monotonic() + 60 * config.search_minutes
+    fitness = Fitness(Database(runner, budget, heals=REPAIRS[config.repair] is not None), held_out)
+    measure_costs(fitness, config, calibration, limits, seed, state, save)
+    improve(fitness, budget, config, limits, seed, state, save, deadline)
+    kept = {(s.layer, s.kind): s.levels[level] for s, level in zip(budget.sublayers, state.levels, strict=True)}
+    return kept, fitness.database.scores
+
+
+def improve(
+    fitness: Fitness,
+    budget: Budget,
+    config: PruneConfig,
+    limits: Sequence[tuple[int, int]],
+    seed: int,
+    state: SearchState,
+    save: Callable[[SearchState], None],
+    deadline: float,
+) -> None:
+    """Find `state.levels` for the budget: dynamic programming over the measured costs, then shifts until `deadline`."""
+    if state.levels is None:
+        start = knapsack(state.costs, budget.sublayers, limits, budget.target)
+        wanted = [float(sublayer.removed(level)) for sublayer, level in zip(budget.sublayers, start, strict=True)]
+        state.levels = round_levels(budget.target, budget.sublayers, limits, wanted)
+    state.fitness = fitness.adopt(state.levels)
+    logger.info("search: generation %d, KL %.4f", state.generation, state.fitness)
+    save(state)
+    while state.generation < config.search_generations and state.stale < STALE:
+        if time.monotonic() > deadline:
+            logger.warning("search: %g minutes are over after generation %d", config.search_minutes, state.generation)
+            break
+        _evolve(state, fitness, budget, limits, random.Random(f"{seed} {state.generation}"))
+        save(state)
+
+
+def measure_costs(
+    fitness: Fitness,
+    config: PruneConfig,
+    calibration: torch.Tensor,
+    limits: Sequence[tuple[int, int]],
+    seed: int,
+    state: SearchState,
+    save: Callable[[SearchState], None],
+) -> None:
+    """Fill the database layer by layer in one pass, and `state.costs` with it; costs that are there already stay."""
+    database, criterion = fitness.database, CRITERIA[config.importance]
+    runner, budget = database.runner, database.budget
+    for index, statistics in enumerate(gather_statistics(runner, budget.geometry, calibration, {criterion.needs, "gram"})):
+        scores = score_layer(criterion, runner.decoder_layer(index), budget.geometry, statistics, seed + 2 * index)
+        grams = {kind: gathered.moments.gram for kind, gathered in zip(KINDS, statistics, strict=True)}
+        database.add_layer(scores, grams)
+        for which, sublayer in enumerate(budget.sublayers):
+            if sublayer.layer == index and which >= len(state.costs):
+                costs = sublayer_costs(fitness, which, limits[which])
+                state.costs.append(costs)
+                logger.info("search: layer %2d %s KL %.5f to %.5f", index, sublayer.kind, costs[1], costs[-1])
+                save(state)
+
+
+def sublayer_costs(fitness: Fitness, which: int, limits: tuple[int, int]) -> list[float]:
+    """The KL of one sublayer alone at each of its levels: measured at up to COST_LEVELS of them, interpolated between."""
+    sublayers, last = fitness.database.budget.sublayers, limits[1]
+    known = {0: 0.0}
+    for level in sorted({round(last * step / COST_LEVELS) for step in range(1, COST_LEVELS + 1)} - {0}):
+        levels = [0] * len(sublayers)
+        levels[which] = level
+        known[level] = max(fitness.measure(levels), *known.values())  # what removes more counts as no better
+    points, costs = sorted(known), []
+    for level in range(len(sublayers[which].levels)):
+        below = max(point for point in points if point <= level)
+        above = min((point for point in points if point >= level), default=below)
+        share = (level - below) / (above - below) if above > below else 0.0
+        costs.append(known[below] + share * (known[above] - known[below]))
+    return costs
+
+
+def knapsack(
+    costs: Sequence[Sequence[float]], sublayers: Sequence[Sublayer], limits: Sequence[tuple[int, int]], target: int
+) -> list[int]:
+    """Levels with the least sum of costs that remove `target` parameters or more (dynamic programming over CELLS cells)."""
+    import numpy
+
+    cell = max(1, target // CELLS)
+    goal = -(-target // cell)
+    best = numpy.full(goal + 1, numpy.inf)  # best[p]: least cost of removing p cells or more
+    best[0] = 0.0
+    choices = []
+    for cost, sublayer, (low, high) in zip(costs, sublayers, limits, strict=True):
+        steps = [sublayer.removed(level) // cell for level in range(low, high + 1)]  # never less is removed than counted
+        reach = numpy.stack([best[numpy.maximum(numpy.arange(goal + 1) - step, 0)] for step in steps])
+        total = reach + numpy.array(cost[low : high + 1])[:, None]  # (levels, cells)
+        choices.append((total.argmin(0), steps))
+        best = total.min(0)
+    levels, place = [], goal
+    for (choice, steps), (low, _) in zip(reversed(choices), reversed(limits), strict=True):
+        levels.append(low + int(choice[place]))
+        place = max(place - steps[choice[place]], 0)
+    return levels[::-1]
+
+
+def _evolve(
+    state: SearchState, fitness: Fitness, budget: Budget, limits: Sequence[tuple[int, int]], rng: random.Random
+) -> None:
+    """One generation: mutants of the best plan, most of them measured on the first windows only; the best one may win."""
+    mutants: list[list[int]] = []
+    for _ in range(10 * OFFSPRING):
+        mutant = mutate(state.levels, budget, limits, rng)
+        if mutant != state.levels and mutant not in mutants:
+            mutants.append(mutant)
+        if len(mutants) == OFFSPRING:
+            break
+    first = max(1, len(fitness.windows) // 2)
+    mutants.sort(key=lambda levels: fitness.measure(levels, first))
+    scored = [(fitness.measure(levels), levels) for levels in mutants[:SURVIVORS]]
+    state.generation += 1
+    state.stale += 1
+    if scored and min(scored)[0] < state.fitness:
+        state.levels, state.stale = min(scored)[1], 0
+        state.fitness = fitness.adopt(state.levels)
+    logger.info("search: generation %d, KL %.4f", state.generation, state.fitness)
+
+
+def mutate(levels: Sequence[int], budget: Budget, limits: Sequence[tuple[int, int]], rng: random.Random) -> list[int]:
+    """Shift a few steps from some sublayers to others; the budget is met as before."""
+    sublayers = budget.sublayers
+    wanted = [float(sublayer.removed(level)) for sublayer, level in zip(sublayers, levels, strict=True)]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        more, less = rng.sample(range(len(levels)), 2) if len(levels) > 1 else (0, 0)
+        shift = rng.choice((1, 1, 2, 3)) * max(sublayers[more].removed(1), sublayers[less].removed(1))
+        wanted[more] += shift
+        wanted[less] -= shift
+    return round_levels(budget.target, sublayers, limits, wanted)
+
+
+def _packed(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A Gram matrix in half the memory: correlations in float16 and the scales in float32."""
+    scale = gram.diagonal().clamp_min(0).sqrt().clamp_min(1e-20)
+    return (gram / scale / scale.unsqueeze(1)).half().cpu(), scale.cpu()
+
+
+def _unpacked(packed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    correlations, scale = packed
+    return correlations.float() * scale * scale.unsqueeze(1)

@@ -1,0 +1,74 @@
+"""What the criteria and the repairs know of a sublayer's inputs: their mean, mean square and Gram matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line reads the registries that use this and must not wait for torch
+    import torch
+
+
+class Moments:
+    """First and second moments of inputs `x` `(columns,)`, gathered batch by batch in float32 whatever the model's dtype.
+
+    With `gram` the whole second moment E[x x'] is kept, else its diagonal alone; with `targets` y, E[y x'] as well.
+    """
+
+    def __init__(self, *, gram: bool = True) -> None:
+        self._full = gram
+        self._first: torch.Tensor | None = None
+        self._second: torch.Tensor | None = None
+        self._cross: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, inputs: torch.Tensor, *, targets: torch.Tensor | None = None) -> None:
+        """Add a batch: inputs `(tokens, columns)`, targets `(tokens, outputs)`."""
+        rows = inputs.float()
+        self._first = _plus(self._first, rows.sum(0))
+        self._second = _plus(self._second, rows.T @ rows if self._full else rows.square().sum(0))
+        if targets is not None:
+            self._cross = _plus(self._cross, targets.float().T @ rows)
+        self.count += rows.shape[0]
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both inputs together."""
+        total = Moments(gram=self._full)
+        total.count = self.count + other.count
+        for name in ("_first", "_second", "_cross"):
+            mine, its = getattr(self, name), getattr(other, name)
+            setattr(total, name, its if mine is None else mine if its is None else mine + its)
+        return total
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """E[x], float32 `(columns,)`."""
+        return self._mean(self._first)
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """E[x x'], float32 `(columns, columns)`."""
+        return self._mean(self._second)
+
+    @property
+    def cross(self) -> torch.Tensor:
+        """E[y x'], float32 `(outputs, columns)`. Raises ValueError when no targets were added."""
+        return self._mean(self._cross)
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        """E[x^2], float32 `(columns,)`."""
+        return self._mean(self._second.diagonal() if self._full and self._second is not None else self._second)
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """E[x^2] - E[x]^2, float32 `(columns,)`."""
+        return (self.mean_square - self.mean.square()).clamp_min(0)
+
+    def _mean(self, total: torch.Tensor | None) -> torch.Tensor:
+        if total is None:
+            raise ValueError("no such input was added to the moments")
+        return total / self.count
+
+
+def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
+    return term if total is None else total.add_(term)

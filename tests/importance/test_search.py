@@ -1,0 +1,145 @@
+"""The search: exact dynamic programming, mutants within the budget, a database that leaves the model as it was."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from conftest import each_architecture, geometry_of, random_windows, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from LLMPruner.config import PruneConfig
+from LLMPruner.errors import UsageError
+from LLMPruner.forward import LayerRunner
+from LLMPruner.importance.allocation import Sublayer, build_plan, level_limits, make_budget
+from LLMPruner.importance.search import Database, Fitness, SearchState, knapsack, mutate, search, sublayer_costs
+from LLMPruner.methods.apply import apply_plan
+
+CALIBRATION = random_windows(12, 16, seed=1)
+HELD_OUT = random_windows(4, 16, seed=2)
+
+
+def request(**settings) -> PruneConfig:
+    settings = {"pruning_ratio": 0.3, "prune_mlp": True, "pruning_strategy": "search", "importance": "obs"} | settings
+    return PruneConfig(**settings, search_generations=3)
+
+
+def run(model, config: PruneConfig, state: SearchState | None = None, save=lambda state: None):
+    budget = make_budget(geometry_of(model), config)
+    state = SearchState() if state is None else state
+    limits = level_limits(budget, config, None)
+    kept, units = search(
+        LayerRunner(model), budget, config, CALIBRATION, HELD_OUT, limits=limits, seed=0, state=state, save=save
+    )
+    return budget, kept, units, state
+
+
+@given(st.integers(0, 10**6))
+def test_dynamic_programming_finds_the_cheapest_levels_there_are(seed):
+    rng = random.Random(seed)
+    sublayers = [Sublayer(i, "mlp", tuple(range(rng.randint(2, 4), 0, -1)), rng.choice((3, 5))) for i in range(4)]
+    costs = [sorted(rng.random() for _ in s.levels) for s in sublayers]
+    limits = [(rng.randint(0, 1), len(s.levels) - 1) for s in sublayers]
+    target = rng.randint(1, sum(s.removed(high) for s, (_, high) in zip(sublayers, limits, strict=True)))
+
+    def total(levels):
+        return sum(cost[level] for cost, level in zip(costs, levels, strict=True))
+
+    def removed(levels):
+        return sum(s.removed(level) for s, level in zip(sublayers, levels, strict=True))
+
+    every = itertools.product(*(range(low, high + 1) for low, high in limits))
+    best = min(total(levels) for levels in every if removed(levels) >= target)
+    found = knapsack(costs, sublayers, limits, target)
+    assert removed(found) >= target and total(found) == pytest.approx(best)
+    assert all(low <= level <= high for level, (low, high) in zip(found, limits, strict=True))
+
+
+@given(st.integers(0, 10**6))
+def test_mutants_meet_the_budget_within_their_limits(seed):
+    config = request(max_pruning_rate=0.7, freeze_top_n_layers=1)
+    budget = make_budget(geometry_of(MODEL), config)
+    limits = level_limits(budget, config, [1.0, 5.0, 2.0, 3.0])
+    assert limits[2] == limits[3] == (0, 0), "layer 1 is the most important one"
+    levels, rng = (
+        knapsack([[0.1 * i for i in range(len(s.levels))] for s in budget.sublayers], budget.sublayers, limits, budget.target),
+        random.Random(seed),
+    )
+    for _ in range(5):
+        levels = mutate(levels, budget, limits, rng)
+        removed = sum(s.removed(level) for s, level in zip(budget.sublayers, levels, strict=True))
+        assert budget.target <= removed < budget.target + 4 * budget.geometry.channel_params + budget.geometry.group_params
+        assert all(low <= level <= high for level, (low, high) in zip(levels, limits, strict=True))
+
+
+MODEL = tiny_model()
+
+
+@each_architecture
+def test_a_search_meets_the_budget_improves_and_leaves_the_model_as_it_was(changes):
+    model, before = tiny_model(**changes), tiny_model(**changes)
+    history = []
+    budget, kept, units, state = run(model, request(), save=lambda state: history.append(state.fitness))
+    plan = build_plan(budget.geometry, kept, units)
+    step = 4 * budget.geometry.channel_params
+    assert budget.target <= plan.removed_params < budget.target + step
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    found = [value for value in history if value is not None]
+    assert len(found) == state.generation + 1 and found == sorted(found, reverse=True)
+    assert len(state.costs) == len(budget.sublayers) and sum(costs[-1] for costs in state.costs) > 0
+    for costs, sublayer in zip(state.costs, budget.sublayers, strict=True):
+        assert costs[0] == 0 and costs == sorted(costs) and len(costs) == len(sublayer.levels)
+
+
+def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_replaced():
+    model = tiny_model()
+    budget = make_budget(geometry_of(model), request(repair="none", importance="magnitude"))
+    database = Database(LayerRunner(model), budget, heals=False)
+    from LLMPruner.importance.criteria import score_units
+
+    scores = score_units(database.runner, budget.geometry, "magnitude", windows=CALIBRATION, seed=0)
+    for layer in scores:
+        database.add_layer(layer, {"attention": torch.eye(64), "mlp": torch.eye(96)})
+    which = 3  # the MLP of layer 1
+    costs = sublayer_costs(Fitness(database, HELD_OUT), which, (0, len(budget.sublayers[which].levels) - 1))
+    pruned = tiny_model()
+    kept = {(1, "mlp"): budget.sublayers[which].levels[-1]}
+    apply_plan(LayerRunner(pruned), build_plan(budget.geometry, kept, scores))
+    with torch.no_grad():
+        dense, other = (m(HELD_OUT).logits.log_softmax(-1) for m in (model, pruned))
+    expected = (dense.exp() * (dense - other)).sum(-1).mean()
+    assert costs[-1] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_the_healed_weights_of_the_database_are_those_of_the_repair_on_dense_activations():
+    """Half precision in the stored Gram matrix costs next to nothing."""
+    from LLMPruner.importance.search import _packed, _unpacked
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 64, generator=generator) * torch.logspace(-3, 3, 64)
+    gram = rows.T @ rows / 500
+    scale = gram.diagonal().sqrt()
+    error = (_unpacked(_packed(gram)) - gram) / scale / scale.unsqueeze(1)
+    assert error.abs().max() < 1e-3 and _packed(gram)[0].dtype == torch.float16
+
+
+def test_a_state_is_refused_for_another_search(tmp_path):
+    path = tmp_path / "search_state.json"
+    SearchState([[0.0, 1.0]], [1], 0.5, 3, 1).save(path, {"seed": 1})
+    assert SearchState.load(path, {"seed": 1}) == SearchState([[0.0, 1.0]], [1], 0.5, 3, 1)
+    with pytest.raises(UsageError, match="other settings"):
+        SearchState.load(path, {"seed": 2})
+    path.write_text("[]")
+    with pytest.raises(UsageError, match="other settings"):
+        SearchState.load(path, {"seed": 1})
+
+
+def test_time_that_is_over_ends_the_search_with_the_best_plan_so_far(caplog):
+    config = request()
+    import dataclasses
+
+    _, kept, _, state = run(tiny_model(), dataclasses.replace(config, search_minutes=1e-6))
+    assert state.generation == 0 and kept

@@ -1,0 +1,61 @@
+"""Moments: means over tokens, whatever the batches, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from LLMPruner.methods.moments import Moments
+
+GENERATOR = torch.Generator().manual_seed(0)
+ROWS = torch.randn(40, 9, generator=GENERATOR) + 1
+TARGETS = torch.randn(40, 5, generator=GENERATOR)
+
+
+def gathered(step: int = 40, **options) -> Moments:
+    moments = Moments(**options)
+    for rows, targets in zip(ROWS.split(step), TARGETS.split(step), strict=True):
+        moments.add(rows, targets=targets)
+    return moments
+
+
+@pytest.mark.parametrize("step", [40, 7, 1])
+def test_they_are_means_over_all_tokens_whatever_the_batches(step):
+    moments = gathered(step)
+    assert moments.count == 40
+    torch.testing.assert_close(moments.mean, ROWS.mean(0))
+    torch.testing.assert_close(moments.gram, ROWS.T @ ROWS / 40)
+    torch.testing.assert_close(moments.mean_square, ROWS.square().mean(0))
+    torch.testing.assert_close(moments.variance, ROWS.var(0, correction=0))
+    torch.testing.assert_close(moments.cross, TARGETS.T @ ROWS / 40)
+
+
+def test_without_a_gram_matrix_the_rest_is_the_same():
+    small, whole = gathered(gram=False), gathered()
+    torch.testing.assert_close(small.mean_square, whole.mean_square)
+    torch.testing.assert_close(small.variance, whole.variance)
+
+
+def test_the_sum_of_two_is_what_both_inputs_together_give_and_leaves_them_as_they_were():
+    first, second = Moments(), Moments()
+    first.add(ROWS[:10], targets=TARGETS[:10])
+    second.add(ROWS[10:], targets=TARGETS[10:])
+    total, before = first + second, first.gram.clone()
+    torch.testing.assert_close(total.gram, gathered().gram)
+    torch.testing.assert_close(total.cross, gathered().cross)
+    assert torch.equal(first.gram, before) and first.count == 10
+
+
+def test_statistics_are_float32_whatever_the_inputs():
+    moments = Moments()
+    moments.add(ROWS.bfloat16())
+    assert moments.gram.dtype == moments.mean.dtype == torch.float32
+
+
+def test_moments_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="no such input"):
+        _ = Moments().gram
+    moments = Moments()
+    moments.add(ROWS)
+    with pytest.raises(ValueError, match="no such input"):
+        _ = moments.cross
