@@ -113,7 +113,7 @@ def add_prune_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="set --importance, --pruning_strategy and --repair at once; each of these flags given beside it wins",
+        help="set --importance, --pruning_strategy, --repair (best: --repair_samples too) at once; explicit flags win",
     )
     budget = parser.add_argument_group("budget")
     add(budget, "pruning_ratio", "fraction of the parameters to remove, in (0, 1)", type=float)
@@ -153,7 +153,8 @@ def add_prune_flags(parser: argparse.ArgumentParser) -> None:
     units = parser.add_argument_group("units and repair")
     add(units, "importance", "how KV groups and channels are scored", choices=CRITERIA)
     add(units, "repair", "how what is left is healed", choices=REPAIRS)
-    add(units, "channel_importance_samples", "calibration windows for unit scores and repair", type=int)
+    add(units, "channel_importance_samples", "calibration windows for unit scores", type=int)
+    add(units, "repair_samples", "calibration windows for the repair; default: as for the unit scores", type=int)
     add(units, "calibration_seq_len", "tokens of a calibration window", type=int)
     add(units, "calibration_dataset", "corpus to calibrate on (its train split), or a local text file", type=str)
 

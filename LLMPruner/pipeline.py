@@ -148,7 +148,7 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     _describe(job, run, plan, importance)
     with run.stage(f"apply (repair {job.prune.repair})"):
         loaded.plan = plan
-        apply_plan(runner, plan, repair=job.prune.repair, windows=windows.calibration)
+        apply_plan(runner, plan, repair=job.prune.repair, windows=windows.repair)
     _record(job, run, loaded)
     if job.save:  # before anything that may take long or fail
         with run.stage("save"):
@@ -200,7 +200,7 @@ def _plan(
 
 def _search_key(job: PruneJob) -> dict[str, Any]:
     """What a search's result depends on: an interrupted one is continued only under the same."""
-    free = ("resume", "search_minutes", "search_generations", "layer_importance_file")
+    free = ("resume", "repair_samples", "search_minutes", "search_generations", "layer_importance_file")
     settings = {name: value for name, value in asdict(job.prune).items() if name not in free}
     return {"model": job.source.fingerprint(), "seed": job.run.seed, "data_dir": job.run.data_dir, **settings}
 
@@ -264,13 +264,14 @@ class JobWindows:
 
     layers: torch.Tensor | None
     calibration: torch.Tensor | None
+    repair: torch.Tensor | None
     held_out: torch.Tensor | None
     evaluation: dict[str, torch.Tensor]
     finetuning: torch.Tensor | None
 
     def all(self) -> list[torch.Tensor | None]:
         """Every stage's windows."""
-        return [self.layers, self.calibration, self.held_out, self.finetuning, *self.evaluation.values()]
+        return [self.layers, self.calibration, self.repair, self.held_out, self.finetuning, *self.evaluation.values()]
 
 
 def cut_windows(job: PruneJob, tokenizer: Any) -> JobWindows:
@@ -283,6 +284,7 @@ def cut_windows(job: PruneJob, tokenizer: Any) -> JobWindows:
         corpus, seed, data_dir = config.calibration_dataset, job.run.seed, job.run.data_dir
         return load_windows(tokenizer, corpus, split, seq_len=seq_len, samples=samples, data_dir=data_dir, seed=seed)
 
+    repair_samples = config.repair_samples or config.channel_importance_samples
     held_out = None
     if config.pruning_strategy == "search":
         seq_len = min(SEARCH_SEQ_LEN, config.search_tokens)
@@ -290,6 +292,7 @@ def cut_windows(job: PruneJob, tokenizer: Any) -> JobWindows:
     return JobWindows(
         layers=calibration(config.layer_importance_seq_len, config.layer_importance_samples) if job.analyzes else None,
         calibration=calibration(config.calibration_seq_len, config.channel_importance_samples) if job.calibrates else None,
+        repair=calibration(config.calibration_seq_len, repair_samples) if job.calibrates else None,
         held_out=held_out,
         evaluation=load_eval_windows(tokenizer, job.evaluation, job.run.data_dir) if job.measures else {},
         finetuning=_finetuning_windows(job, tokenizer),

@@ -34,7 +34,8 @@ from LLMPruner.pipeline import SEARCH_SEQ_LEN
 from LLMPruner.run import logger, peak_memory, reset_peak_memory, start_logging
 
 CORPORA = ("wikitext2", "ptb", "news")
-SETTINGS = {"default": {}, **PRESETS}
+# `best-32` repairs on as few windows as the other rows: the same tokens for all.
+SETTINGS = {"default": {}, **PRESETS, "best-32": PRESETS["best"] | {"repair_samples": None}}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -104,6 +105,7 @@ class Bench:
         calibration = self.windows(
             corpus, "train", config.calibration_seq_len, config.channel_importance_samples, self.args.seed
         )
+        repair_samples = config.repair_samples or config.channel_importance_samples
         runner = LayerRunner(self.dense.model)
         parts, scores = [], None
         if reads_layer_scores(config):
@@ -126,14 +128,15 @@ class Bench:
         model = copy.deepcopy(self.dense.model)
         reset_peak_memory()
         start = time.perf_counter()
-        apply_plan(LayerRunner(model), plan, repair=config.repair, windows=calibration)
+        repair = self.windows(corpus, "train", config.calibration_seq_len, repair_samples, self.args.seed)
+        apply_plan(LayerRunner(model), plan, repair=config.repair, windows=repair)
         parts.append([time.perf_counter() - start, peak_memory() / 1e9])
         assert sum(parameter.numel() for parameter in model.parameters()) == plan.total_params
         return {
             "row": name,
             "ratio": ratio,
             "calibration": corpus,
-            "calibration_tokens": calibration.numel(),
+            "calibration_tokens": max(calibration.numel(), repair.numel()),
             "removed": plan.removed_params,
             "kv_groups": plan.kv_counts,
             "channels": plan.channel_counts,
