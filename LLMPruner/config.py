@@ -112,7 +112,7 @@ PRESETS: dict[str, dict[str, str | int]] = {
     "wanda-sp": {"importance": "wanda", "pruning_strategy": "uniform", "repair": "none"},
     "flap": {"importance": "flap", "pruning_strategy": "global", "repair": "bias"},
     "osscar": {"importance": "obs", "pruning_strategy": "uniform", "repair": "least_squares"},
-    "best": {"importance": "taylor", "pruning_strategy": "search", "repair": "least_squares", "repair_samples": 128},
+    "best": {"importance": "obs", "pruning_strategy": "search", "repair": "least_squares", "repair_samples": 128},
 }
 
 

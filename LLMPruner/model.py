@@ -118,6 +118,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         if source.kind == "gguf":
             return AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
         if source.kind == "hf":
+            if not (source.path / "tokenizer.json").is_file():
+                raise UsageError(f"{source.path} has no tokenizer.json: save the model's fast tokenizer beside its weights")
             try:
                 return AutoTokenizer.from_pretrained(source.path)
             except Exception as error:  # each broken file raises its own kind
@@ -341,8 +343,6 @@ def _inspect_directory(folder: Path) -> ModelSource:
         raise UsageError(f"{folder} is quantized: pass the model in full precision and quantize what was pruned")
     if not _weight_files(source):
         raise UsageError(f"{folder} has no *.safetensors weights: convert the model to safetensors first")
-    if not (folder / "tokenizer.json").is_file():
-        raise UsageError(f"{folder} has no tokenizer.json: save the model's fast tokenizer beside its weights")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):

@@ -31,7 +31,8 @@ ORDER = (
     "cli",
 )
 LIGHT = ("__init__", "errors", "plan", "checkpoint", "config", "run", "data", "model", "cli", "pipeline")
-LIGHT += ("importance/allocation", "importance/criteria", "importance/layer_analyzer", "methods/gqa_aware", "methods/repair")
+LIGHT += ("importance/allocation", "importance/criteria", "importance/layer_analyzer", "importance/search", "methods/gqa_aware")
+LIGHT += ("methods/mlp", "methods/moments", "methods/obs", "methods/repair", "methods/sublayers")
 HEAVY = {"torch", "transformers", "datasets", "peft", "safetensors", "matplotlib"}
 MODULES = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py"))
 

@@ -76,7 +76,7 @@ def test_the_documents_commands_mean_what_they_say(text):
     assert config.method == "lora" and config.learning_rate == 2e-4 and args.save_model is True
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (8, 16, 0.05)
     assert config.lora.target_attention and config.lora.target_mlp
-    assert (config.batch_size, config.grad_accum, config.max_grad_norm, config.warmup_steps) == (1, 4, 1.0, 100)
+    assert (config.batch_size, config.grad_accum, config.max_grad_norm, config.warmup(10_000)) == (1, 4, 1.0, 100)
     short = "debug" in text
     assert (config.samples, config.epochs, config.seq_len) == ((50, 1, 128) if short else (1000, 3, 512))
     assert args.test_before == args.test_after == ("--test_before" in text)

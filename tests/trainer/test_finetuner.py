@@ -241,11 +241,11 @@ def test_progress_is_plain_lines_that_name_first_and_last_step(pruned, windows, 
     assert "it/s" not in output.err and "train_runtime" not in output.out
 
 
-def test_warm_up_takes_at_most_a_tenth_of_the_steps():
+def test_warm_up_is_as_asked_and_by_default_at_most_a_tenth_of_the_steps():
     arguments = {"folder": "unused", "device": torch.device("cpu"), "precision": torch.float32, "seed": 0}
-    config = replace(LORA, epochs=3, batch_size=1, grad_accum=4, warmup_steps=100)
+    config = replace(LORA, epochs=3, batch_size=1, grad_accum=4, warmup_steps=None)
     assert finetuner._arguments(config, 1000, **arguments).warmup_steps == 75  # of 750
-    assert finetuner._arguments(replace(config, warmup_steps=10), 1000, **arguments).warmup_steps == 10
+    assert finetuner._arguments(replace(config, warmup_steps=100), 1000, **arguments).warmup_steps == 100
     assert finetuner._arguments(config, 9, **arguments).warmup_steps == 0
 
 
