@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from LLMPruner import cli
 from LLMPruner.checkpoint import write_json, write_text
 from LLMPruner.errors import DamagedError
-from LLMPruner.model import find_model
+from LLMPruner.source import find_model
 
 if TYPE_CHECKING:
     from LLMPruner.evaluator.health import Diagnosis

@@ -16,8 +16,8 @@ from LLMPruner.config import EvalConfig, RunConfig, require_at_least
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.report import LANGUAGES, ROLES, comparison_table, results_json, tables_of
-from LLMPruner.model import ModelSource, check_seq_len, check_token_ids, find_model
 from LLMPruner.run import start_logging, stop_logging
+from LLMPruner.source import ModelSource, check_seq_len, check_token_ids, find_model
 
 if TYPE_CHECKING:
     import torch

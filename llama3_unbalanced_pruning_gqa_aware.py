@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from LLMPruner import cli
 from LLMPruner.config import PRESETS, PruneConfig
 from LLMPruner.errors import UsageError
-from LLMPruner.model import find_model
 from LLMPruner.pipeline import PruneJob, preflight, prune
 from LLMPruner.run import Run, check_experiment
+from LLMPruner.source import find_model
 
 
 def build_parser() -> argparse.ArgumentParser:

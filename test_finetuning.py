@@ -14,8 +14,9 @@ from LLMPruner.checkpoint import require_free_space
 from LLMPruner.config import EvalConfig, FinetuneConfig, RunConfig
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import UsageError
-from LLMPruner.model import ModelSource, check_seq_len, check_token_ids, checkpoint_bytes, find_model
+from LLMPruner.model import checkpoint_bytes
 from LLMPruner.run import Run, check_experiment, logger
+from LLMPruner.source import ModelSource, check_seq_len, check_token_ids, find_model
 
 if TYPE_CHECKING:
     from LLMPruner.evaluator.ppl import Perplexity

@@ -18,7 +18,7 @@ _PUBLIC = {
     "PruneConfig": "config",
     "EvalConfig": "config",
     "FinetuneConfig": "config",
-    "find_model": "model",
+    "find_model": "source",
     "load_model": "model",
     "save_model": "model",
     "perplexity": "evaluator.ppl",

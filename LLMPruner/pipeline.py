@@ -25,17 +25,9 @@ from LLMPruner.importance.criteria import CRITERIA, score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
 from LLMPruner.importance.search import SearchState
 from LLMPruner.methods.repair import REPAIRS
-from LLMPruner.model import (
-    ModelSource,
-    check_seq_len,
-    check_token_ids,
-    checkpoint_bytes,
-    load_model,
-    load_tokenizer,
-    save_model,
-    versions,
-)
+from LLMPruner.model import checkpoint_bytes, load_model, load_tokenizer, save_model, versions
 from LLMPruner.plan import PruningPlan
+from LLMPruner.source import ModelSource, check_seq_len, check_token_ids
 
 if TYPE_CHECKING:
     import torch

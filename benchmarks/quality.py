@@ -29,9 +29,10 @@ from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
 from LLMPruner.importance.search import Database, Fitness, SearchState, improve, measure_costs
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import find_model, load_model, versions
+from LLMPruner.model import load_model, versions
 from LLMPruner.pipeline import SEARCH_SEQ_LEN
 from LLMPruner.run import logger, peak_memory, reset_peak_memory, start_logging
+from LLMPruner.source import find_model
 
 CORPORA = ("wikitext2", "ptb", "news")
 # `best-32` repairs on as few windows as the other rows: the same tokens for all.

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, find_model, load_model
+from LLMPruner.model import LoadedModel, load_model
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
+from LLMPruner.source import find_model
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
 

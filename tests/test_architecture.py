@@ -20,6 +20,7 @@ ORDER = (
     "run",
     "data",
     "removed",
+    "source",
     "model",
     "forward",
     "methods",
@@ -30,7 +31,7 @@ ORDER = (
     "pipeline",
     "cli",
 )
-LIGHT = ("__init__", "errors", "plan", "checkpoint", "config", "run", "data", "model", "cli", "pipeline")
+LIGHT = ("__init__", "errors", "plan", "checkpoint", "config", "run", "data", "source", "model", "cli", "pipeline")
 LIGHT += ("importance/allocation", "importance/criteria", "importance/layer_analyzer", "importance/search", "methods/gqa_aware")
 LIGHT += ("methods/mlp", "methods/moments", "methods/obs", "methods/repair", "methods/sublayers")
 HEAVY = {"torch", "transformers", "datasets", "peft", "safetensors", "matplotlib"}

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 import diagnose_model as script
 from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, find_model, load_model, save_model
+from LLMPruner.model import LoadedModel, load_model, save_model
 from LLMPruner.plan import LayerPlan, PruningPlan
+from LLMPruner.source import find_model
 
 ROOT = Path(__file__).parent.parent
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

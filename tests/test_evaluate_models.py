@@ -22,8 +22,9 @@ import evaluate_models as script
 from LLMPruner.evaluator import ppl
 from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, find_model, load_model, save_model
+from LLMPruner.model import LoadedModel, load_model, save_model
 from LLMPruner.plan import LayerPlan, PruningPlan
+from LLMPruner.source import find_model
 
 ROOT = Path(__file__).parent.parent
 

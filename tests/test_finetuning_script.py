@@ -16,7 +16,8 @@ from conftest import half_pruned, random_windows
 
 import test_finetuning as script
 from LLMPruner.cli import finetune_config
-from LLMPruner.model import find_model, load_model, save_model
+from LLMPruner.model import load_model, save_model
+from LLMPruner.source import find_model
 
 ROOT = Path(__file__).parent.parent
 INPUT = "prune_log/pruned/pytorch_model.bin"

@@ -16,9 +16,7 @@ from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import (
     LoadedModel,
-    check_seq_len,
     count_parameters,
-    find_model,
     load_model,
     load_tokenizer,
     open_tensors,
@@ -27,6 +25,7 @@ from LLMPruner.model import (
     save_model,
 )
 from LLMPruner.plan import PruningPlan
+from LLMPruner.source import check_seq_len, find_model
 
 FLAG = "--base_model"
 WINDOWS = random_windows()

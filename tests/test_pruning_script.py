@@ -17,8 +17,9 @@ from LLMPruner.config import PRESETS
 from LLMPruner.importance.allocation import STRATEGIES
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.methods.repair import REPAIRS
-from LLMPruner.model import find_model, load_model
+from LLMPruner.model import load_model
 from LLMPruner.plan import PruningPlan
+from LLMPruner.source import find_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

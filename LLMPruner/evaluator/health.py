@@ -14,8 +14,9 @@ import torch
 from LLMPruner.checkpoint import load_checkpoint
 from LLMPruner.errors import RunError
 from LLMPruner.forward import LayerRunner
-from LLMPruner.model import ModelSource, load_model, open_tensors, resolve_device
+from LLMPruner.model import load_model, open_tensors, resolve_device
 from LLMPruner.plan import Geometry, PruningPlan
+from LLMPruner.source import ModelSource
 
 if TYPE_CHECKING:
     from LLMPruner.model import LoadedModel

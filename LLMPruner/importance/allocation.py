@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from LLMPruner.importance.criteria import UnitScores
 
 LOSS_ESTIMATES = ("taylor",)  # criteria whose scores estimate the rise of the loss, alike in all sublayers
+STANDARDIZED = ("flap",)  # criteria whose scores are deviations from the sublayer's mean already
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def allocate(
     """
     limits = level_limits(budget, config, scores)
     if config.pruning_strategy == "global":
-        wanted = _rank_units(budget, limits, units, standardize=config.importance not in LOSS_ESTIMATES)
+        wanted = _rank_units(budget, limits, units, config.importance)
     else:
         wanted = _fill(budget.target, budget.sublayers, limits, _weights(budget, scores, config))
     levels = round_levels(budget.target, budget.sublayers, limits, wanted)
@@ -194,9 +195,7 @@ def _weights(budget: Budget, scores: Sequence[float], config: PruneConfig) -> li
     return [(weight / heaviest) ** config.layer_importance_weight for weight in weights]
 
 
-def _rank_units(
-    budget: Budget, limits: Sequence[tuple[int, int]], units: Sequence[UnitScores], *, standardize: bool
-) -> list[float]:
+def _rank_units(budget: Budget, limits: Sequence[tuple[int, int]], units: Sequence[UnitScores], importance: str) -> list[float]:
     """Parameters to remove from each sublayer when all units are ranked together and the lowest go (FLAP, An et al. 2024).
 
     Scores that estimate the loss compare per parameter; others are standardized within their sublayer first.
@@ -204,12 +203,12 @@ def _rank_units(
     removed, candidates = [], []
     for which, (sublayer, (low, high)) in enumerate(zip(budget.sublayers, limits, strict=True)):
         values = sorted(units[sublayer.layer].of(sublayer.kind).tolist())
-        if standardize:
+        if importance in LOSS_ESTIMATES:
+            values = [value / sublayer.unit_params for value in values]
+        elif importance not in STANDARDIZED:
             mean = sum(values) / len(values)
             spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) or 1.0
             values = [(value - mean) / spread for value in values]
-        else:
-            values = [value / sublayer.unit_params for value in values]
         first, last = (sublayer.removed(level) // sublayer.unit_params for level in (low, high))
         removed.append(float(sublayer.removed(low)))
         candidates += [(value, which) for value in values[first:last]]

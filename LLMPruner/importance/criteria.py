@@ -53,6 +53,7 @@ class SublayerView:
     """A sublayer as the criteria see it: units that own rows of some projections and columns of the output projection."""
 
     units: int
+    heads: int  # query heads of a unit; 1 for a channel
     output: torch.Tensor  # (hidden, columns): weight of o_proj or down_proj
     rows: tuple[torch.Tensor, ...]  # (units * rows of a unit, hidden) each: q, k and v, or gate and up
     statistics: SublayerStatistics
@@ -90,10 +91,14 @@ def obs(view: SublayerView) -> torch.Tensor:
 def flap(view: SublayerView) -> torch.Tensor:
     """Weighted input variance, standardized within the sublayer (FLAP, An et al. 2024).
 
-    What a unit adds on average a bias can replace; only what fluctuates is lost: Var(x_j) |W_j|^2.
+    What a unit adds on average a bias can replace; only what fluctuates is lost: Var(x_j) |W_j|^2. FLAP's unit of attention is
+    the query head, so heads are standardized and a KV group is the mean of its own: over the few groups of a layer the
+    deviations would be forced apart, and a ranking against channels would take half of all groups.
     """
-    score = view.per_unit(view.statistics.moments.variance * view.output.float().square().sum(0))
-    return (score - score.mean()) / score.std(correction=0).clamp_min(1e-12)
+    fluctuation = view.statistics.moments.variance * view.output.float().square().sum(0)
+    score = fluctuation.view(view.units * view.heads, -1).sum(1)  # (units * heads,)
+    standard = (score - score.mean()) / score.std(correction=0).clamp_min(1e-12)
+    return standard.view(view.units, -1).mean(1)
 
 
 def wanda(view: SublayerView) -> torch.Tensor:
@@ -154,7 +159,8 @@ def sublayer_view(
     """One sublayer of a dense decoder layer, as the criteria see it."""
     module = kind.module(layer)
     rows = tuple(getattr(module, name).weight.detach() for name in kind.inputs)
-    return SublayerView(kind.units(geometry), kind.projection(layer).weight.detach(), rows, statistics, seed)
+    output = kind.projection(layer).weight.detach()
+    return SublayerView(kind.units(geometry), kind.heads(geometry), output, rows, statistics, seed)
 
 
 def gather_statistics(

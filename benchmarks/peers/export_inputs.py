@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from LLMPruner.checkpoint import write_json
 from LLMPruner.data import load_windows
-from LLMPruner.model import find_model, load_model
+from LLMPruner.model import load_model
+from LLMPruner.source import find_model
 
 CORPORA = ("wikitext2", "ptb", "news")
 

@@ -27,8 +27,9 @@ from LLMPruner.evaluator.health import (
 )
 from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, find_model, load_model, save_model
+from LLMPruner.model import LoadedModel, load_model, save_model
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
+from LLMPruner.source import find_model
 
 
 def pruned_plan(geometry: Geometry) -> PruningPlan:

@@ -16,8 +16,9 @@ from LLMPruner.methods.gqa_aware import query_columns
 from LLMPruner.methods.moments import Moments
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.methods.sublayers import KINDS
-from LLMPruner.model import find_model, load_model
+from LLMPruner.model import load_model
 from LLMPruner.plan import LayerPlan, PruningPlan
+from LLMPruner.source import find_model
 
 WINDOWS = random_windows()
 CALIBRATION = random_windows(20, 16, seed=1)

@@ -19,8 +19,9 @@ from LLMPruner.errors import RunError
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, find_model, load_model, save_model
+from LLMPruner.model import LoadedModel, load_model, save_model
 from LLMPruner.run import Run
+from LLMPruner.source import find_model
 from LLMPruner.trainer import finetuner
 from LLMPruner.trainer.finetuner import finetune, train_and_save, training_windows
 
