@@ -9,30 +9,34 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script of the repository, not of an installed package
 
 import torch
 
+from LLMPruner import cli
 from LLMPruner.checkpoint import write_json, write_text
-from LLMPruner.config import PRESETS, PruneConfig
-from LLMPruner.data import load_windows
+from LLMPruner.config import PRESETS, EvalConfig, PruneConfig, RunConfig
+from LLMPruner.data import check_corpus
+from LLMPruner.errors import RunError, UsageError
+from LLMPruner.evaluator.ppl import load_eval_windows
 from LLMPruner.forward import LayerRunner
-from LLMPruner.importance.allocation import adds_bias, allocate, build_plan, level_limits, make_budget, reads_layer_scores
+from LLMPruner.importance.allocation import Budget, adds_bias, allocate, build_plan, level_limits, make_budget
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
 from LLMPruner.importance.search import Database, Fitness, SearchState, improve, measure_costs
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import load_model, versions
-from LLMPruner.pipeline import SEARCH_SEQ_LEN
-from LLMPruner.run import logger, peak_memory, reset_peak_memory, start_logging
-from LLMPruner.source import find_model
+from LLMPruner.model import count_parameters, load_model, versions
+from LLMPruner.pipeline import JobWindows, PruneJob, cut_windows
+from LLMPruner.run import logger, peak_memory, read_json_file, reset_peak_memory, start_logging, stop_logging
+from LLMPruner.source import ModelSource, check_seq_len, find_model
 
 CORPORA = ("wikitext2", "ptb", "news")
 # `best-32` repairs on as few windows as the other rows: the same tokens for all.
@@ -41,7 +45,7 @@ SETTINGS = {"default": {}, **PRESETS, "best-32": PRESETS["best"] | {"repair_samp
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--data_dir", required=True, help="folder with wikitext-2-raw and ptb")
     parser.add_argument("--base_model", default="embedded")
     parser.add_argument("--rows", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
@@ -54,35 +58,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Bench:
-    """The dense model, the windows, and what rows share; `timed` keeps the seconds of every shared part."""
+def clocked(make: Callable[[], Any]) -> tuple[Any, float, float]:
+    """`make()`, its seconds, and the peak memory meanwhile (GB)."""
+    reset_peak_memory()
+    start = time.perf_counter()
+    value = make()
+    return value, time.perf_counter() - start, peak_memory() / 1e9
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.dense = load_model(find_model(args.base_model, "--base_model"))
+
+class Bench:
+    """The dense model, the windows, and what rows share, with the seconds and memory of every shared part."""
+
+    def __init__(self, source: ModelSource, evaluation: EvalConfig, run: RunConfig) -> None:
+        self.source, self.run = source, run
+        self.dense = load_model(source)
         self.geometry = self.dense.plan.geometry
         self.dense.model.requires_grad_(False)
-        self.test = {name: self.windows(name, "test", args.seq_len, args.windows, seed=None) for name in CORPORA}
+        self.test = load_eval_windows(self.dense.tokenizer, evaluation, run.data_dir)
         self.reference = {name: self.last_hidden(self.dense.model, rows) for name, rows in self.test.items()}
         self.shared: dict[tuple, tuple[Any, float, float]] = {}
-
-    def windows(self, corpus: str, split: str, seq_len: int, samples: int, seed: int | None) -> torch.Tensor:
-        """Token windows of a corpus."""
-        data_dir = self.args.data_dir
-        return load_windows(self.dense.tokenizer, corpus, split, seq_len=seq_len, samples=samples, data_dir=data_dir, seed=seed)
 
     def last_hidden(self, model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states before the final norm, four windows at a time."""
         runner = LayerRunner(model)
         return [runner.layers(runner.embed(part)) for part in rows.split(4)]
 
-    def timed(self, key: tuple, make: Any) -> tuple[Any, float, float]:
-        """`make()` once per key, with its seconds and peak memory (GB)."""
+    def once(self, key: tuple, make: Callable[[], Any]) -> tuple[Any, float, float]:
+        """`clocked(make)`, run once per key."""
         if key not in self.shared:
-            reset_peak_memory()
-            start = time.perf_counter()
-            value = make()
-            self.shared[key] = value, time.perf_counter() - start, peak_memory() / 1e9
+            self.shared[key] = clocked(make)
         return self.shared[key]
 
     def measure(self, model: Any) -> dict[str, dict[str, float]]:
@@ -95,106 +99,121 @@ class Bench:
                 loss += runner.losses(ours, part).sum().item()
                 for mine, other in zip(ours, theirs, strict=True):
                     divergence += runner.divergence(mine[None], dense.log_probs(other[None])) / len(rows)
-            tokens = len(rows) * (rows.shape[1] - 1)
-            results[name] = {"ppl": float(torch.tensor(loss / tokens, dtype=torch.float64).exp()), "kl": divergence}
+            results[name] = {"ppl": math.exp(loss / (len(rows) * (rows.shape[1] - 1))), "kl": divergence}
         return results
 
     def row(self, name: str, ratio: float, corpus: str) -> dict[str, Any]:
         """One method at one ratio, calibrated on one corpus."""
-        config = PruneConfig(pruning_ratio=ratio, prune_mlp=True, calibration_dataset=corpus, **SETTINGS[name])
-        budget = make_budget(self.geometry, config)
-        calibration = self.windows(
-            corpus, "train", config.calibration_seq_len, config.channel_importance_samples, self.args.seed
-        )
-        repair_samples = config.repair_samples or config.channel_importance_samples
-        runner = LayerRunner(self.dense.model)
-        parts, scores = [], None
-        if reads_layer_scores(config):
-            rows = self.windows(
-                corpus, "train", config.layer_importance_seq_len, config.layer_importance_samples, self.args.seed
-            )
+        config = prune_config(name, ratio, corpus)
+        budget, runner = make_budget(self.geometry, config), LayerRunner(self.dense.model)
+        windows = cut_windows(PruneJob(self.source, config, self.run), self.dense.tokenizer)
+        costs, scores = [], None
+        if windows.layers is not None:
             method = LAYER_METHODS[config.layer_importance_method]
-            scores, *cost = self.timed(("layers", corpus), lambda: method(runner, rows))
-            parts.append(cost)
+            scores, *cost = self.once(("layers", corpus), lambda: method(runner, windows.layers))
+            costs.append(cost)
         if config.pruning_strategy == "search":
-            (kept, units), *cost = self.search(runner, budget, config, calibration, parts)
+            (kept, units), *cost = self.search(runner, budget, config, windows, costs)
         else:
-            units, *cost = self.timed(
+            units, *cost = self.once(
                 ("units", corpus, config.importance),
-                lambda: score_units(runner, self.geometry, config.importance, windows=calibration, seed=self.args.seed),
+                lambda: score_units(runner, self.geometry, config.importance, windows=windows.calibration, seed=self.run.seed),
             )
             kept = allocate(budget, scores, config, units)
-        parts.append(cost)
+        costs.append(cost)
         plan = build_plan(self.geometry, kept, units, output_bias=adds_bias(config))
         model = copy.deepcopy(self.dense.model)
-        reset_peak_memory()
-        start = time.perf_counter()
-        repair = self.windows(corpus, "train", config.calibration_seq_len, repair_samples, self.args.seed)
-        apply_plan(LayerRunner(model), plan, repair=config.repair, windows=repair)
-        parts.append([time.perf_counter() - start, peak_memory() / 1e9])
-        assert sum(parameter.numel() for parameter in model.parameters()) == plan.total_params
+        _, *cost = clocked(lambda: apply_plan(LayerRunner(model), plan, repair=config.repair, windows=windows.repair))
+        costs.append(cost)
+        if count_parameters(model) != plan.total_params:
+            raise RunError(f"{name} at {ratio}: {count_parameters(model)} parameters, the plan says {plan.total_params}")
         return {
             "row": name,
             "ratio": ratio,
             "calibration": corpus,
-            "calibration_tokens": max(calibration.numel(), repair.numel()),
+            "calibration_tokens": max(windows.calibration.numel(), windows.repair.numel()),
             "removed": plan.removed_params,
             "kv_groups": plan.kv_counts,
             "channels": plan.channel_counts,
-            "seconds": round(sum(seconds for seconds, _ in parts), 1),
-            "peak_memory_gb": round(max(memory for _, memory in parts), 2),
+            "seconds": round(sum(seconds for seconds, _ in costs), 1),
+            "peak_memory_gb": round(max(memory for _, memory in costs), 2),
             "results": self.measure(model),
         }
 
-    def search(self, runner: LayerRunner, budget: Any, config: PruneConfig, calibration: torch.Tensor, parts: list) -> Any:
+    def search(
+        self, runner: LayerRunner, budget: Budget, config: PruneConfig, windows: JobWindows, costs: list[list[float]]
+    ) -> tuple[Any, float, float]:
         """The search of the pipeline; its database and costs, which do not depend on the ratio, are shared."""
         limits, state = level_limits(budget, config, None), SearchState()
 
         def prepare() -> tuple[Fitness, list[list[float]]]:
-            count = config.search_tokens // SEARCH_SEQ_LEN
-            held_out = self.windows(config.calibration_dataset, "validation", SEARCH_SEQ_LEN, count, self.args.seed)
-            fitness, found = Fitness(Database(runner, budget), held_out), SearchState()
-            measure_costs(fitness, config, calibration, limits, self.args.seed, found, lambda _: None)
+            fitness, found = Fitness(Database(runner, budget), windows.held_out), SearchState()
+            measure_costs(fitness, config, windows.calibration, limits, self.run.seed, found, lambda _: None)
             return fitness, found.costs
 
-        (fitness, state.costs), *cost = self.timed(("search", config.calibration_dataset), prepare)
-        parts.append(cost)
-        reset_peak_memory()
-        start = time.perf_counter()
+        (fitness, state.costs), *cost = self.once(("search", config.calibration_dataset), prepare)
+        costs.append(cost)
         deadline = time.monotonic() + 60 * config.search_minutes - cost[0]
-        fitness.adopt([0] * len(budget.sublayers))
-        improve(fitness, budget, config, limits, self.args.seed, state, lambda _: None, deadline)
-        kept = {(s.layer, s.kind): s.levels[level] for s, level in zip(budget.sublayers, state.levels, strict=True)}
-        return (kept, fitness.database.scores), time.perf_counter() - start, peak_memory() / 1e9
+        return clocked(lambda: self.improve(fitness, budget, config, limits, state, deadline))
+
+    def improve(self, fitness: Fitness, budget: Budget, config: PruneConfig, limits: Any, state: SearchState, deadline: float):
+        """The kept counts and unit scores of this budget."""
+        improve(fitness, budget, config, limits, self.run.seed, state, lambda _: None, deadline)
+        return budget.kept(state.levels), fitness.database.scores
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what is missing; write the JSON after every row, the table and the plot at the end."""
+def prune_config(name: str, ratio: float, corpus: str) -> PruneConfig:
+    """The settings of a row."""
+    return PruneConfig(pruning_ratio=ratio, prune_mlp=True, calibration_dataset=corpus, **SETTINGS[name])
+
+
+def recipe(argv: Sequence[str]) -> None:
+    """Check, then measure what is missing; write the JSON after every row, the table and the plot at the end."""
     args = parse(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
+    run = RunConfig(seed=args.seed, data_dir=args.data_dir)
+    evaluation = EvalConfig(CORPORA, args.seq_len, args.windows)
+    source = find_model(args.base_model, "--base_model")
+    check_seq_len(source, "--seq_len", args.seq_len)
+    for corpus in CORPORA:
+        check_corpus(corpus, args.data_dir, "test", args.seq_len)
+    wanted = list(product(args.calibrations, args.ratios, args.rows))
+    for corpus, ratio, name in wanted:
+        check_corpus(corpus, args.data_dir, "train")
+        make_budget(source.geometry, prune_config(name, ratio, corpus))
+    if args.output.exists() and not args.output.is_dir():
+        raise UsageError(f"--output {args.output} is not a folder")
     path = args.output / "quality.json"
-    start_logging()
     setting = {"model": args.base_model, "windows": args.windows, "seq_len": args.seq_len, "seed": args.seed}
-    record = json.loads(path.read_text()) if path.exists() else {**setting, "versions": versions(), "rows": []}
+    record = read_json_file(path, "the record") if path.exists() else {**setting, "versions": versions(), "rows": []}
     if any(record[key] != value for key, value in setting.items()):
-        print(f"error: {path} was measured with other settings: pass another --output", file=sys.stderr)
-        return 2
-    bench = Bench(args)
-    if "dense" not in record:
-        record["dense"] = {"removed": 0, "results": bench.measure(bench.dense.model)}
-    done = {(row["row"], row["ratio"], row["calibration"]) for row in record["rows"]}
-    for corpus in args.calibrations:
-        for ratio in args.ratios:
-            for name in args.rows:
-                if (name, ratio, corpus) not in done:
-                    record["rows"].append(bench.row(name, ratio, corpus))
-                    logger.info("row: %s", {key: record["rows"][-1][key] for key in ("row", "ratio", "seconds", "results")})
-                    write_json(path, record)
-    write_json(path, record)
+        raise UsageError(f"{path} was measured with other settings: pass another --output")
+    args.output.mkdir(parents=True, exist_ok=True)
+    handlers = start_logging()
+    try:
+        fill(record, Bench(source, evaluation, run), wanted, path)
+    finally:
+        stop_logging(handlers)
     write_text(args.output / "quality.md", table(record))
     plot(args.output / "quality.png", record)
     print(table(record))
-    return 0
+
+
+def fill(record: dict[str, Any], bench: Bench, wanted: Sequence[tuple[str, float, str]], path: Path) -> None:
+    """Measure the dense model and the wanted rows that the record lacks."""
+    if "dense" not in record:
+        record["dense"] = {"removed": 0, "results": bench.measure(bench.dense.model)}
+    done = {(row["calibration"], row["ratio"], row["row"]) for row in record["rows"]}
+    for corpus, ratio, name in wanted:
+        if (corpus, ratio, name) not in done:
+            record["rows"].append(bench.row(name, ratio, corpus))
+            logger.info("row: %s", {key: record["rows"][-1][key] for key in ("row", "ratio", "seconds", "results")})
+            write_json(path, record)
+    write_json(path, record)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run_script(recipe, argv)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -230,7 +249,9 @@ def plot(path: Path, record: dict[str, Any]) -> None:
     corpus = record["rows"][0]["calibration"]
     rows = [row for row in record["rows"] if row["calibration"] == corpus]
     figure = Figure(figsize=(14, 4.8), layout="constrained")
-    figure.suptitle(f"PPL over removed parameters (calibrated on {corpus}, {record['windows']} test windows of 512)")
+    figure.suptitle(
+        f"PPL over removed parameters (calibrated on {corpus}, {record['windows']} test windows of {record['seq_len']})"
+    )
     panels = figure.subplots(1, len(CORPORA))
     names = sorted(
         {row["row"] for row in rows}, key=lambda name: min(r["results"]["wikitext2"]["ppl"] for r in rows if r["row"] == name)

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script of the repository, not of an installed package
 
 from safetensors.torch import save_file
 
+from LLMPruner import cli
 from LLMPruner.checkpoint import write_json
 from LLMPruner.data import load_windows
+from LLMPruner.errors import UsageError
 from LLMPruner.model import load_model
 from LLMPruner.source import find_model
 
@@ -26,7 +28,7 @@ CORPORA = ("wikitext2", "ptb", "news")
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, named as in quality.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--data_dir", required=True, help="folder with wikitext-2-raw and ptb")
     parser.add_argument("--base_model", default="embedded")
     parser.add_argument("--calibrations", nargs="+", default=["wikitext2", "news"])
@@ -43,7 +45,7 @@ def save_model(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     rope = model.config.rope_parameters
     if rope["rope_type"] != "default":
-        raise SystemExit(f"error: rope type {rope['rope_type']} is not written for transformers 4.43")
+        raise UsageError(f"rope type {rope['rope_type']} is not written for transformers 4.43")
     path = folder / "config.json"
     # 4.43 looks for these at the top level and would silently take its own defaults
     older = {
@@ -54,7 +56,7 @@ def save_model(model: Any, folder: Path) -> None:
     write_json(path, {**json.loads(path.read_text()), **older})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def recipe(argv: Sequence[str]) -> None:
     """Write both."""
     args = parse(argv)
     dense = load_model(find_model(args.base_model, "--base_model"), dtype="float32")
@@ -72,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     windows = {name: rows.contiguous() for name, rows in windows.items()}
     save_file(windows, args.output / "windows.safetensors", metadata={"setting": json.dumps(setting)})
     print(f"{args.output}: model and {', '.join(f'{name} {tuple(rows.shape)}' for name, rows in windows.items())}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run_script(recipe, argv)
 
 
 if __name__ == "__main__":
