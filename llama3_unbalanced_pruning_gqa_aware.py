@@ -47,8 +47,6 @@ def build_job(args: argparse.Namespace) -> PruneJob:
     """Check the flags and inspect the model; no weights are read."""
     if args.skip_importance_analysis != (args.layer_importance_config is not None):
         raise UsageError("--skip_importance_analysis and --layer_importance_config FILE go together")
-    if args.finetune and args.finetune_method == "full" and (args.lora_target_attention or args.lora_target_mlp):
-        raise UsageError("--lora_target_attention and --lora_target_mlp need --finetune_method lora")
     config: PruneConfig = cli.prune_config(args)
     finetune = cli.finetune_config(args, "finetune_", args.finetune_method)
     return PruneJob(

@@ -53,8 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_job(args: argparse.Namespace) -> Job:
     """Check the flags and inspect the model; no weights are read."""
-    if not args.use_lora and (args.lora_target_attention or args.lora_target_mlp):
-        raise UsageError("--lora_target_attention and --lora_target_mlp need --use_lora")
     return Job(
         training=cli.finetune_config(args, "", "lora" if args.use_lora else "full"),
         evaluation=cli.eval_config(args, args.seq_len),

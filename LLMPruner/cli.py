@@ -210,7 +210,10 @@ def lora_config(args: argparse.Namespace) -> LoraConfig:
 
 
 def finetune_config(args: argparse.Namespace, prefix: str, method: str) -> FinetuneConfig:
-    """Training settings of the flags spelled with `prefix`."""
+    """Training settings of the flags spelled with `prefix`. Raises UsageError for LoRA targets without LoRA."""
+    if method == "full" and (args.lora_target_attention or args.lora_target_mlp):
+        needed = f"--{prefix}method lora" if prefix else "--use_lora"
+        raise UsageError(f"--lora_target_attention and --lora_target_mlp need {needed}")
     names = FinetuneConfig.__dataclass_fields__.keys() - {"method", "lora", "prefix"}
     values = {name: getattr(args, prefix + name) for name in names}
     return FinetuneConfig(method=method, lora=lora_config(args), prefix=f"--{prefix}", **values)

@@ -176,6 +176,16 @@ class PruneConfig:
             if getattr(self, flag) and self.pruning_strategy != "search":
                 raise UsageError(f"--{flag} needs --pruning_strategy search")
 
+    @property
+    def repair_windows(self) -> int:
+        """Calibration windows for the repair."""
+        return self.repair_samples or self.channel_importance_samples
+
+    @property
+    def search_seq_len(self) -> int:
+        """Tokens of a held-out window of the search."""
+        return min(256, self.search_tokens)
+
     def layer_range(self, num_layers: int) -> range:
         """The layers to prune. Raises UsageError where the range is empty or leaves the model."""
         end = num_layers if self.layer_end is None else self.layer_end

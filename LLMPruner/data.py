@@ -175,12 +175,10 @@ def _read_file(path: Path, column: str) -> list[str]:
 
 
 def _hub_rows(name: str, split: str) -> list[str]:
-    if not _hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported: what is cached still loads, at once
     import datasets
     import huggingface_hub.constants
 
-    if "HF_HUB_OFFLINE" in os.environ:
+    if not _hub_answers():  # what is cached still loads, and at once
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     corpus = CORPORA[name]
     files = None if corpus.files is None else {split: corpus.files.get(split, corpus.files["validation"])}

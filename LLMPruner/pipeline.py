@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("LLMPruner")
 
 SEARCH_FILE = "search_state.json"
-SEARCH_SEQ_LEN = 256  # tokens of a held-out window of the search
 
 
 @dataclass(frozen=True)
@@ -242,7 +241,7 @@ def _corpora(job: PruneJob) -> list[tuple[str, str, int]]:
     if job.calibrates or job.analyzes:
         wanted.append((job.prune.calibration_dataset, "train", job.prune.calibration_seq_len))
     if job.prune.pruning_strategy == "search":
-        wanted.append((job.prune.calibration_dataset, "validation", min(SEARCH_SEQ_LEN, job.prune.search_tokens)))
+        wanted.append((job.prune.calibration_dataset, "validation", job.prune.search_seq_len))
     if job.measures:
         wanted += [(name, "test", job.evaluation.seq_len) for name in job.evaluation.datasets]
     if job.finetune is not None:
@@ -276,15 +275,13 @@ def cut_windows(job: PruneJob, tokenizer: Any) -> JobWindows:
         corpus, seed, data_dir = config.calibration_dataset, job.run.seed, job.run.data_dir
         return load_windows(tokenizer, corpus, split, seq_len=seq_len, samples=samples, data_dir=data_dir, seed=seed)
 
-    repair_samples = config.repair_samples or config.channel_importance_samples
     held_out = None
     if config.pruning_strategy == "search":
-        seq_len = min(SEARCH_SEQ_LEN, config.search_tokens)
-        held_out = calibration(seq_len, config.search_tokens // seq_len, "validation")
+        held_out = calibration(config.search_seq_len, config.search_tokens // config.search_seq_len, "validation")
     return JobWindows(
         layers=calibration(config.layer_importance_seq_len, config.layer_importance_samples) if job.analyzes else None,
         calibration=calibration(config.calibration_seq_len, config.channel_importance_samples) if job.calibrates else None,
-        repair=calibration(config.calibration_seq_len, repair_samples) if job.calibrates else None,
+        repair=calibration(config.calibration_seq_len, config.repair_windows) if job.calibrates else None,
         held_out=held_out,
         evaluation=load_eval_windows(tokenizer, job.evaluation, job.run.data_dir) if job.measures else {},
         finetuning=_finetuning_windows(job, tokenizer),

@@ -32,7 +32,7 @@ class Geometry:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        sizes += ("max_positions",)
+        sizes = (*sizes, "max_positions")
         for name in sizes:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UsageError(f"the model config is not a usable Llama: {name} is {getattr(self, name)!r}")
@@ -151,10 +151,6 @@ class PruningPlan:
         """Kept MLP channels per layer."""
         return tuple(len(layer.channels) for layer in self.layers)
 
-    def layer_counts(self, index: int) -> tuple[int, int]:
-        """KV groups and channels that layer `index` keeps."""
-        return self.kv_counts[index], self.channel_counts[index]
-
     @property
     def dense_counts(self) -> tuple[int, int]:
         """KV groups and channels of a layer that keeps everything."""
@@ -177,13 +173,14 @@ class PruningPlan:
 
     def attention_output_bias(self, index: int) -> bool:
         """Whether o_proj of layer `index` has a bias."""
-        kept = self.kv_counts[index]
-        return kept > 0 and (self.geometry.attention_bias or (self.output_bias and kept < self.geometry.num_kv_heads))
+        return self._output_bias(self.kv_counts[index], self.geometry.num_kv_heads, self.geometry.attention_bias)
 
     def mlp_output_bias(self, index: int) -> bool:
         """Whether down_proj of layer `index` has a bias."""
-        kept = self.channel_counts[index]
-        return kept > 0 and (self.geometry.mlp_bias or (self.output_bias and kept < self.geometry.intermediate_size))
+        return self._output_bias(self.channel_counts[index], self.geometry.intermediate_size, self.geometry.mlp_bias)
+
+    def _output_bias(self, kept: int, units: int, dense: bool) -> bool:
+        return kept > 0 and (dense or (self.output_bias and kept < units))
 
     @property
     def removed_params(self) -> int:

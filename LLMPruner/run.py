@@ -92,11 +92,11 @@ class Run:
         write_text(script, f"#!/bin/bash\ncd {shlex.quote(str(Path.cwd()))} || exit\n{command}\n")
         script.chmod(0o755)
 
-    def describe(self, settings: dict[str, Any], name: str = "description.txt") -> None:
-        """Write `description.txt`: the command, the folder and every setting, one a line."""
+    def describe(self, settings: dict[str, Any], file: str = "description.txt") -> None:
+        """Write `file`: the command, the folder and every setting, one a line."""
         rows = [f"command: {self.command}", f"run: {self.timestamp_dir}"]
         rows += [f"{name}: {value}" for name, value in settings.items()]
-        write_text(self.dir / name, "\n".join(rows) + "\n")
+        write_text(self.dir / file, "\n".join(rows) + "\n")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -140,9 +140,8 @@ def existing_path(path: str, flag: str) -> Path:
     """`path` with the home folder filled in. Raises UsageError where the system refuses to look at it; it may not exist."""
     try:
         place = Path(path).expanduser()
-        place.stat()
-    except FileNotFoundError:
-        pass
+        with contextlib.suppress(FileNotFoundError):
+            place.stat()
     except (OSError, RuntimeError, ValueError) as error:  # name too long, no permission, no such user, a null byte
         raise UsageError(f"{flag} {path[:80]} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return place

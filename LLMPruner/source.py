@@ -119,12 +119,22 @@ def _inspect_directory(folder: Path) -> ModelSource:
         raise UsageError(f"{folder} is quantized: pass the model in full precision and quantize what was pruned")
     if not weight_files(source):
         raise UsageError(f"{folder} has no *.safetensors weights: convert the model to safetensors first")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
-            if not (folder / name).is_file():
-                raise DamagedError(f"{folder} lacks {name}, which its index names: copy the model again")
+    _check_shards(folder)
     return source
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise DamagedError when the index of a sharded model is broken or names a file that is not there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{index} is damaged and cannot be read: copy the model again") from error
+    for name in shards:
+        if not (folder / name).is_file():
+            raise DamagedError(f"{folder} lacks {name}, which its index names: copy the model again")
 
 
 def _inspect_bin(path: Path) -> ModelSource:
@@ -146,6 +156,8 @@ def _inspect_gguf(path: Path) -> ModelSource:
         raise UsageError(f"{path} is not a Llama: its architecture is {read.get('general.architecture')!r}")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     _refuse_lossy_gguf(path, read, tensors)
+    if "token_embd.weight" not in tensors:
+        raise DamagedError(f"{path} is damaged: it has no token_embd.weight")
     heads = read.get("llama.attention.head_count")
     config = {
         "vocab_size": read.get("llama.vocab_size") or int(tensors["token_embd.weight"].shape[1]),
@@ -169,8 +181,6 @@ def _refuse_lossy_gguf(path: Path, read: Mapping[str, Any], tensors: Mapping[str
         why = "scaled rotary frequencies (Llama 3.1 and later)"
     elif any(name.endswith(".bias") for name in tensors):
         why = "biases"
-    elif "token_embd.weight" not in tensors:
-        raise DamagedError(f"{path} has no token_embd.weight: it is damaged")
     else:
         return
     raise UsageError(f"{path} has {why}, which cannot be read from a GGUF file: pass the Hugging Face directory instead")

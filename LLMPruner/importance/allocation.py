@@ -10,19 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from LLMPruner.config import PruneConfig
 from LLMPruner.errors import UsageError
+from LLMPruner.importance.criteria import CRITERIA, UnitScores
 from LLMPruner.methods.gqa_aware import select_units
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
-
-if TYPE_CHECKING:
-    from LLMPruner.importance.criteria import UnitScores
-
-LOSS_ESTIMATES = ("taylor",)  # criteria whose scores estimate the rise of the loss, alike in all sublayers
-STANDARDIZED = ("flap",)  # criteria whose scores are deviations from the sublayer's mean already
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,10 @@ class Budget:
     base_name: str  # model or selected
     target: int  # parameters to remove, at least
     sublayers: tuple[Sublayer, ...]
+
+    def kept(self, levels: Sequence[int]) -> dict[tuple[int, str], int]:
+        """Kept units of every selected sublayer, by `(layer, kind)`, at the given levels."""
+        return {(s.layer, s.kind): s.levels[level] for s, level in zip(self.sublayers, levels, strict=True)}
 
     @property
     def largest(self) -> int:
@@ -179,11 +177,10 @@ def allocate(
     """
     limits = level_limits(budget, config, scores)
     if config.pruning_strategy == "global":
-        wanted = _rank_units(budget, limits, units, config.importance)
+        wanted = _rank_units(budget, limits, units, CRITERIA[config.importance].scale)
     else:
         wanted = _fill(budget.target, budget.sublayers, limits, _weights(budget, scores, config))
-    levels = round_levels(budget.target, budget.sublayers, limits, wanted)
-    return {(s.layer, s.kind): s.levels[level] for s, level in zip(budget.sublayers, levels, strict=True)}
+    return budget.kept(round_levels(budget.target, budget.sublayers, limits, wanted))
 
 
 def _weights(budget: Budget, scores: Sequence[float], config: PruneConfig) -> list[float]:
@@ -195,17 +192,17 @@ def _weights(budget: Budget, scores: Sequence[float], config: PruneConfig) -> li
     return [(weight / heaviest) ** config.layer_importance_weight for weight in weights]
 
 
-def _rank_units(budget: Budget, limits: Sequence[tuple[int, int]], units: Sequence[UnitScores], importance: str) -> list[float]:
+def _rank_units(budget: Budget, limits: Sequence[tuple[int, int]], units: Sequence[UnitScores], scale: str) -> list[float]:
     """Parameters to remove from each sublayer when all units are ranked together and the lowest go (FLAP, An et al. 2024).
 
-    Scores that estimate the loss compare per parameter; others are standardized within their sublayer first.
+    Scores on the `scale` of the loss compare per parameter; those on a scale of their own are standardized first.
     """
     removed, candidates = [], []
     for which, (sublayer, (low, high)) in enumerate(zip(budget.sublayers, limits, strict=True)):
         values = sorted(units[sublayer.layer].of(sublayer.kind).tolist())
-        if importance in LOSS_ESTIMATES:
+        if scale == "loss":
             values = [value / sublayer.unit_params for value in values]
-        elif importance not in STANDARDIZED:
+        elif scale == "own":
             mean = sum(values) / len(values)
             spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) or 1.0
             values = [(value - mean) / spread for value in values]

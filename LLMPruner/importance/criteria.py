@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from LLMPruner.errors import RunError
+from LLMPruner.methods.gqa_aware import group_scores
 from LLMPruner.methods.obs import removal_costs
 from LLMPruner.methods.sublayers import KINDS, Kind
 from LLMPruner.plan import Geometry
@@ -61,15 +62,19 @@ class SublayerView:
 
     def per_unit(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a value per row or column `(units * n,)` into one per unit `(units,)`: a unit's ones are adjacent."""
-        return values.view(self.units, -1).sum(1)
+        return group_scores(values, self.units)
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function and the statistics it reads: gates, moments (mean and mean square) or gram."""
+    """A scoring function, the statistics it reads (gates, moments, gram), and how its scores compare across sublayers.
+
+    `scale`: loss, where they estimate the rise of the loss; standard, where they are deviations from the sublayer's mean; own.
+    """
 
     score: Callable[[SublayerView], torch.Tensor]
     needs: str | None = None
+    scale: str = "own"
 
 
 def taylor(view: SublayerView) -> torch.Tensor:
@@ -96,7 +101,7 @@ def flap(view: SublayerView) -> torch.Tensor:
     deviations would be forced apart, and a ranking against channels would take half of all groups.
     """
     fluctuation = view.statistics.moments.variance * view.output.float().square().sum(0)
-    score = fluctuation.view(view.units * view.heads, -1).sum(1)  # (units * heads,)
+    score = group_scores(fluctuation, view.units * view.heads)  # (units * heads,)
     standard = (score - score.mean()) / score.std(correction=0).clamp_min(1e-12)
     return standard.view(view.units, -1).mean(1)
 
@@ -120,9 +125,9 @@ def random(view: SublayerView) -> torch.Tensor:
 
 
 CRITERIA: dict[str, Criterion] = {
-    "taylor": Criterion(taylor, needs="gates"),
+    "taylor": Criterion(taylor, needs="gates", scale="loss"),
     "obs": Criterion(obs, needs="gram"),
-    "flap": Criterion(flap, needs="moments"),
+    "flap": Criterion(flap, needs="moments", scale="standard"),
     "wanda": Criterion(wanda, needs="moments"),
     "magnitude": Criterion(magnitude),
     "random": Criterion(random),

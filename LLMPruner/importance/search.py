@@ -80,42 +80,41 @@ class Database:
         self.scores: list[UnitScores] = []
         self._heals = heals
         self._grams: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
-        self._solved: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
+        self._variants: OrderedDict[tuple[int, int], tuple[tuple[int, ...], torch.Tensor | None]] = OrderedDict()
 
     def add_layer(self, scores: UnitScores, grams: dict[str, torch.Tensor]) -> None:
         """Append the next layer's scores and the Gram matrices of its sublayers, by kind."""
         self.scores.append(scores)
         self._grams.append({kind: _packed(gram) for kind, gram in grams.items()})
 
-    def kept(self, which: int, level: int) -> tuple[int, ...]:
-        """The units that sublayer `which` of the budget keeps at `level`."""
-        sublayer = self.budget.sublayers[which]
-        return select_units(self.scores[sublayer.layer].of(sublayer.kind).tolist(), sublayer.levels[level])
-
-    def healed(self, which: int, level: int) -> torch.Tensor:
-        """Output weights of the kept columns, `(hidden, kept)`, fitted to the dense model's activations."""
+    def variant(self, which: int, level: int) -> tuple[tuple[int, ...], torch.Tensor | None]:
+        """The units that sublayer `which` of the budget keeps at `level`, and its healed output weights (None: none kept)."""
         key = (which, level)
-        if key not in self._solved:
+        if key not in self._variants:
             sublayer = self.budget.sublayers[which]
-            kind = KINDS[sublayer.kind]
-            weight = kind.projection(self.runner.decoder_layer(sublayer.layer)).weight.detach()
-            columns = kind.columns(self.kept(which, level), self.budget.geometry).to(weight.device)
-            if self._heals:
-                gram = _unpacked(self._grams[sublayer.layer][sublayer.kind]).to(weight.device)
-                self._solved[key] = solve_own(weight.float(), gram, columns).to(weight.dtype)
-            else:
-                self._solved[key] = weight[:, columns]
-            if len(self._solved) > 4 * len(self.budget.sublayers):
-                self._solved.popitem(last=False)
-        self._solved.move_to_end(key)
-        return self._solved[key]
+            kept = select_units(self.scores[sublayer.layer].of(sublayer.kind).tolist(), sublayer.levels[level])
+            self._variants[key] = kept, self._heal(sublayer, kept) if kept else None
+            if len(self._variants) > 4 * len(self.budget.sublayers):
+                self._variants.popitem(last=False)
+        self._variants.move_to_end(key)
+        return self._variants[key]
+
+    def _heal(self, sublayer: Sublayer, kept: tuple[int, ...]) -> torch.Tensor:
+        """Output weights of the kept columns, `(hidden, kept)`, fitted to the dense model's activations."""
+        kind = KINDS[sublayer.kind]
+        weight = kind.projection(self.runner.decoder_layer(sublayer.layer)).weight.detach()
+        columns = kind.columns(kept, self.budget.geometry).to(weight.device)
+        if not self._heals:
+            return weight[:, columns]
+        gram = _unpacked(self._grams[sublayer.layer][sublayer.kind]).to(weight.device)
+        return solve_own(weight.float(), gram, columns).to(weight.dtype)
 
     @contextlib.contextmanager
-    def replaced(self, levels: Sequence[int]) -> Iterator[None]:
-        """The model with every sublayer at its level of `levels`; dense again afterwards."""
+    def replaced(self, levels: Sequence[int], start: int = 0) -> Iterator[None]:
+        """The model with every sublayer from layer `start` on at its level of `levels`; dense again afterwards."""
         with contextlib.ExitStack() as stack:
             for which, level in enumerate(levels):
-                if level:
+                if level and self.budget.sublayers[which].layer >= start:
                     stack.enter_context(self._replaced(which, level))
             yield
 
@@ -123,9 +122,9 @@ class Database:
     def _replaced(self, which: int, level: int) -> Iterator[None]:
         sublayer = self.budget.sublayers[which]
         kind, layer = KINDS[sublayer.kind], self.runner.decoder_layer(sublayer.layer)
-        kept, dense = self.kept(which, level), kind.module(layer)
+        dense = kind.module(layer)
         children = dict(dense.named_children())
-        healed = self.healed(which, level) if kept else None  # solved while the dense weights are in place
+        kept, healed = self.variant(which, level)  # solved while the dense weights are in place
         try:
             kind.prune(layer, kept, self.budget.geometry)
             if kept:
@@ -160,7 +159,7 @@ class Fitness:
         """The KL of `levels`, on the first `count` windows (None: all)."""
         pairs = zip(self.database.budget.sublayers, levels, self.levels, strict=True)
         start = min((sublayer.layer for sublayer, new, old in pairs if new != old), default=self.runner.num_layers)
-        with self.database.replaced(levels):
+        with self.database.replaced(levels, start):
             last = self.runner.layers(self._hidden[start][:count], start)
         return self.runner.divergence(last, self._dense[:count])
 
@@ -192,8 +191,7 @@ def search(
     fitness = Fitness(Database(runner, budget, heals=REPAIRS[config.repair] is not None), held_out)
     measure_costs(fitness, config, calibration, limits, seed, state, save)
     improve(fitness, budget, config, limits, seed, state, save, deadline)
-    kept = {(s.layer, s.kind): s.levels[level] for s, level in zip(budget.sublayers, state.levels, strict=True)}
-    return kept, fitness.database.scores
+    return budget.kept(state.levels), fitness.database.scores
 
 
 def improve(
@@ -300,11 +298,11 @@ def _evolve(
             break
     first = max(1, len(fitness.windows) // 2)
     mutants.sort(key=lambda levels: fitness.measure(levels, first))
-    scored = [(fitness.measure(levels), levels) for levels in mutants[:SURVIVORS]]
+    best = min(((fitness.measure(levels), levels) for levels in mutants[:SURVIVORS]), default=None)
     state.generation += 1
     state.stale += 1
-    if scored and min(scored)[0] < state.fitness:
-        state.levels, state.stale = min(scored)[1], 0
+    if best is not None and best[0] < state.fitness:
+        state.levels, state.stale = best[1], 0
         state.fitness = fitness.adopt(state.levels)
     logger.info("search: generation %d, KL %.4f", state.generation, state.fitness)
 

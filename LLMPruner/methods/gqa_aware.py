@@ -12,12 +12,12 @@ if TYPE_CHECKING:  # importance.criteria, whose registry the command line reads,
     from torch import nn
 
 
-def group_scores(columns: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Sum a score per o_proj input column `(heads * head_dim,)` into one per KV group `(kv_heads,)`.
+def group_scores(columns: torch.Tensor, groups: int) -> torch.Tensor:
+    """Sum a score per row or column `(groups * n,)`, of o_proj's inputs for example, into one per group `(groups,)`.
 
     Query heads of one KV head are adjacent in q_proj and o_proj, so a reshape is the grouping.
     """
-    return columns.view(kv_heads, -1).sum(dim=1)  # (kv_heads,)
+    return columns.view(groups, -1).sum(dim=1)  # (groups,)
 
 
 def select_units(scores: Sequence[float], keep: int) -> tuple[int, ...]:

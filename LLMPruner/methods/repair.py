@@ -55,19 +55,22 @@ def least_squares(evidence: Evidence) -> Healed:
     gram = evidence.held_out.gram[kept][:, kept]
     drift = evidence.held_out.cross[hidden:, kept]
     best = (_distance(original, gram, drift), "none", 0.0, 0.0)
+    targets, system = _equations(weight, evidence.fit, kept)
     for ridge in RIDGES:  # candidates in float32, which is twice as fast; what is chosen is solved in float64
-        own, *others = solve_targets(weight, evidence.fit, kept, ridge)
+        own, *others = _solve(targets, system, original, ridge)
+        base = _distance(own, gram, drift)
         for name, other in zip(("dense", "drift"), others, strict=True):
             step = other - own
             curved = step @ gram
             curvature, slope = (curved * step).sum().item(), ((own @ gram - drift) * step).sum().item()
             share = min(max(-slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-            distance = _distance(own, gram, drift) + 2 * share * slope + share**2 * curvature
+            distance = base + 2 * share * slope + share**2 * curvature
             best = min(best, (distance, name if share else "own", share, ridge))
     _, name, share, ridge = best
     if name == "none":
         return Healed(original.to(evidence.weight.dtype), choice="none")
-    own, dense, undrifted = solve_targets(weight.double(), evidence.fit + evidence.held_out, kept, ridge)
+    targets, system = _equations(weight.double(), evidence.fit + evidence.held_out, kept)
+    own, dense, undrifted = _solve(targets, system, original.double(), ridge)
     healed = own + share * ((undrifted if name == "drift" else dense) - own)
     return Healed(healed.to(evidence.weight.dtype), choice=f"{name} {share:.2f} ridge {ridge:g}")
 
@@ -107,11 +110,10 @@ def solve_own(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, *, r
     return _solve([weight @ gram[:, kept]], gram[kept][:, kept], weight[:, kept], ridge)[0]
 
 
-def solve_targets(weight: torch.Tensor, moments: Moments, kept: torch.Tensor, ridge: float) -> list[torch.Tensor]:
-    """`solve_own`, and the same for the two targets of `Evidence`: three times `(hidden, k)` in the dtype of `weight`."""
+def _equations(weight: torch.Tensor, moments: Moments, kept: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The targets E[y x_S'] of the own function and of the two of `Evidence`, and H_SS, in the dtype of `weight`."""
     gram, cross = moments.gram.to(weight.dtype), moments.cross.to(weight.dtype)[:, kept]
-    targets = [weight @ gram[:, kept], *cross.split(weight.shape[0])]
-    return _solve(targets, gram[kept][:, kept], weight[:, kept], ridge)
+    return [weight @ gram[:, kept], *cross.split(weight.shape[0])], gram[kept][:, kept]
 
 
 def _solve(targets: list[torch.Tensor], system: torch.Tensor, original: torch.Tensor, ridge: float) -> list[torch.Tensor]:
