@@ -6,8 +6,8 @@ Nothing here imports torch: `--help` and wrong arguments answer at once.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -193,7 +193,12 @@ def check_output_file(path: str, flag: str) -> None:
     """Raise UsageError unless a file can be written at `path`."""
     place = existing_path(path, flag)
     special = place.exists() and not place.is_file()  # a folder, or a device that a rename would replace
-    if special or not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+    try:
+        with tempfile.TemporaryFile(dir=place.parent):  # permissions alone do not tell of file systems like /proc
+            writable = not special
+    except OSError:
+        writable = False
+    if not writable:
         raise UsageError(f"{flag} {path} cannot be written: give a file in an existing, writable folder")
 
 
