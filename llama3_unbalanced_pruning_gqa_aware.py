@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_eval_flags(parser)
     cli.add_training_flags(parser, "finetune_")
     cli.add_lora_flags(parser)
+    cli.add_export_flags(parser)
     cli.add_run_flags(parser)
     return parser
 
@@ -54,6 +55,7 @@ def build_job(args: argparse.Namespace) -> PruneJob:
         run=cli.run_config(args),
         evaluation=cli.eval_config(args, args.eval_seq_len),
         finetune=finetune if args.finetune else None,
+        export=cli.export_config(args),
         save=args.save_model,
         test_original=args.test_original_ppl,
         test_pruned=args.test_after_prune,

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from LLMPruner import cli
 from LLMPruner.checkpoint import require_free_space
-from LLMPruner.config import EvalConfig, FinetuneConfig, RunConfig
+from LLMPruner.config import EvalConfig, ExportConfig, FinetuneConfig, RunConfig
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import UsageError
 from LLMPruner.model import checkpoint_bytes
+from LLMPruner.pipeline import check_exports, export_model
 from LLMPruner.run import Run, check_experiment, logger
 from LLMPruner.source import ModelSource, check_seq_len, check_token_ids, find_model
 
@@ -33,6 +34,7 @@ class Job:
     test_before: bool
     test_after: bool
     save: bool
+    export: ExportConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_training_flags(parser, "")
     cli.add_lora_flags(parser)
     cli.add_eval_flags(parser, seq_len_flag=None)
+    cli.add_export_flags(parser)
     cli.add_run_flags(parser)
     return parser
 
@@ -60,6 +63,7 @@ def build_job(args: argparse.Namespace) -> Job:
         test_before=args.test_before,
         test_after=args.test_after,
         save=args.save_model,
+        export=cli.export_config(args),
         source=find_model(args.model_path, "--model_path"),
     )
 
@@ -77,7 +81,7 @@ def preflight(job: Job, folder: Path) -> None:
         if output.exists() and output.samefile(job.source.path):
             raise UsageError(f"--save_name {folder.name} would overwrite the input {job.source.path}: choose another name")
         size = checkpoint_bytes(job.source.plan.total_params, job.run.dtype, job.run.device)
-        require_free_space(folder, size, "the checkpoint")
+        require_free_space(folder, size * (1 + len(job.export.formats)), "what the run writes")
 
 
 def train(job: Job, run: Run) -> None:
@@ -93,6 +97,7 @@ def train(job: Job, run: Run) -> None:
         tested = load_eval_windows(tokenizer, job.evaluation, data_dir) if job.test_before or job.test_after else {}
         check_token_ids(job.source, "--model_path", windows, *tested.values())
         loaded = load_model(job.source, dtype=job.run.dtype, device=job.run.device, tokenizer=tokenizer)
+        check_exports(run, loaded, job.export)
     # An experiment that was pruned under the same name keeps the description and the metrics of its pruning.
     suffix = "_finetune" if (run.dir / "pytorch_model.bin").exists() else ""
     settings = {"model_path": job.source.path, **asdict(job.run), **asdict(job.training)}
@@ -107,6 +112,7 @@ def train(job: Job, run: Run) -> None:
     run.save_metrics(f"metrics{suffix}.json")
     for before, after in zip(results.get("before", ()), results.get("after", ()), strict=False):
         logger.info("PPL %s %s: %.4f -> %.4f", before.corpus, before.split, before.ppl, after.ppl)
+    export_model(run, loaded, job.export, f"metrics{suffix}.json")
 
 
 def evaluate(run: Run, model, windows: dict, label: str) -> list[Perplexity]:

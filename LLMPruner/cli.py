@@ -12,7 +12,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from LLMPruner.config import PRESETS, EvalConfig, FinetuneConfig, LoraConfig, PruneConfig, RunConfig
+from LLMPruner.config import (
+    EXPORT_FORMATS,
+    GGUF_TYPES,
+    PRESETS,
+    EvalConfig,
+    ExportConfig,
+    FinetuneConfig,
+    LoraConfig,
+    PruneConfig,
+    RunConfig,
+)
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.importance.allocation import STRATEGIES
 from LLMPruner.importance.criteria import CRITERIA
@@ -187,6 +197,32 @@ def add_training_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
     add("warmup_steps", int, "steps of linear warm-up; default: 100, but at most a tenth of all steps")
     add("weight_decay", float, "AdamW weight decay")
     add("dataset", str, "corpus to train on (its train split), or a local text file")
+
+
+def add_gguf_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """--gguf_type."""
+    parser.add_argument(
+        "--gguf_type", choices=GGUF_TYPES, default=ExportConfig().gguf_type, help="precision of a GGUF; auto: the weights' own"
+    )
+
+
+def add_export_flags(parser: argparse.ArgumentParser) -> None:
+    """--export and --gguf_type."""
+    group = parser.add_argument_group("export")
+    group.add_argument(
+        "--export",
+        nargs="+",
+        choices=list(EXPORT_FORMATS),
+        default=[],
+        help="also write the model for other loaders: hf (transformers, vLLM), gguf (llama.cpp), padded (any loader, at the "
+        "widest layer's size)",
+    )
+    add_gguf_flag(group)
+
+
+def export_config(args: argparse.Namespace) -> ExportConfig:
+    """Export settings of the flags."""
+    return ExportConfig(tuple(args.export), args.gguf_type)
 
 
 def check_output_file(path: str, flag: str) -> None:

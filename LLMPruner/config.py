@@ -104,6 +104,23 @@ class FinetuneConfig:
         return self.lr if self.lr is not None else {"lora": 2e-4, "full": 1e-5}[self.method]
 
 
+# What an export is called inside its folder.
+EXPORT_FORMATS = {"hf": "hf", "gguf": "model.gguf", "padded": "padded"}
+GGUF_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Formats to export, keys of EXPORT_FORMATS, and the precision of a GGUF (auto: the weights' own)."""
+
+    formats: tuple[str, ...] = ()
+    gguf_type: str = "auto"
+
+    def __post_init__(self) -> None:
+        if len(set(self.formats)) != len(self.formats):
+            raise UsageError("a format to export is named twice")
+
+
 # The published methods as points of one space, and the best one: the three choices in one word. `best` also takes more
 # calibration text for its repair, which costs minutes and no quality elsewhere.
 PRESETS: dict[str, dict[str, str | int]] = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from LLMPruner.checkpoint import load_checkpoint, save_checkpoint
 from LLMPruner.errors import RunError, UsageError
-from LLMPruner.plan import PruningPlan
+from LLMPruner.plan import PruningPlan, removed_prefixes
 from LLMPruner.source import ModelSource, weight_files
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def load_model(
     if count != source.plan.total_params:
         raise RunError(f"{source.path} has {count:,} parameters where its config says {source.plan.total_params:,}")
     logger.info("loaded %s parameters", f"{count:,}")
-    if source.kind == "bin":
+    if "__provenance__" in source.meta:
         provenance = json.loads(source.meta["__provenance__"])
     else:
         provenance = {"base_model": str(source.path), "dense_parameters": count}
@@ -83,10 +83,12 @@ def load_model(
 
 
 def open_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """The named tensors of a dense model one by one, a tied head left out. Raises RunError when a file is unreadable."""
+    """The named tensors of a model that is no `.bin` one by one, without a tied head and without the zeros that stand for
+    removed sublayers. Raises RunError when a file is unreadable."""
     from safetensors import SafetensorError, safe_open
 
     tied = source.geometry.tied_embeddings
+    removed = removed_prefixes(source.plan)
     if source.kind == "gguf":
         with _quiet_transformers():
             tensors = _load_gguf(source, resolve_dtype("float32", resolve_device("cpu"))).state_dict().items()
@@ -95,7 +97,8 @@ def open_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
     for path in weight_files(source):
         try:
             with safe_open(path, framework="pt") as handle:
-                yield from _untied(tied, ((name, handle.get_tensor(name)) for name in handle.keys()))  # noqa: SIM118
+                names = (name for name in handle.keys() if not name.startswith(removed))  # noqa: SIM118
+                yield from _untied(tied, ((name, handle.get_tensor(name)) for name in names))
         except SafetensorError as error:
             raise RunError(f"{path} is damaged and cannot be read: {error}") from error
 
@@ -246,12 +249,28 @@ def _load_directory(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM
     import safetensors
     from transformers import LlamaForCausalLM
 
+    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] != "llama" or not source.plan.is_dense:
+        return _load_export(source, config, dtype)
     try:
         model, report = LlamaForCausalLM.from_pretrained(source.path, dtype=dtype, output_loading_info=True)
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise RunError(f"{source.path} cannot be loaded: {str(error).splitlines()[0]}") from error
     if report["missing_keys"]:  # transformers would go on with random weights
         raise RunError(f"{source.path} lacks weights: {min(report['missing_keys'])}")
+    return model
+
+
+def _load_export(source: ModelSource, settings: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
+    """A directory that LLMPruner.export wrote, or a Mistral: stock modules in the plan's shapes, no code of the directory's."""
+    from transformers import GenerationConfig, LlamaConfig
+
+    foreign = ("model_type", "architectures", "auto_map", "per_layer_config", "sliding_window", "torch_dtype", "dtype")
+    foreign += ("removed_attention", "removed_mlp", "attention_output_bias", "mlp_output_bias", "transformers_version")
+    config = LlamaConfig(**{name: value for name, value in settings.items() if name not in foreign})
+    model = assign_weights(build_empty(config, source.plan), dict(open_tensors(source)), dtype)
+    if (source.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.path)
     return model
 
 

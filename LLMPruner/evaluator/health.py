@@ -15,7 +15,7 @@ from LLMPruner.checkpoint import load_checkpoint
 from LLMPruner.errors import RunError
 from LLMPruner.forward import LayerRunner
 from LLMPruner.model import load_model, open_tensors, resolve_device
-from LLMPruner.plan import Geometry, PruningPlan
+from LLMPruner.plan import Geometry, PruningPlan, expected_shapes
 from LLMPruner.source import ModelSource
 
 if TYPE_CHECKING:
@@ -152,38 +152,6 @@ def shape_findings(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan, *, 
             ratio = f"{layer.query_heads:g}:{layer.kv_heads:g}"
             findings.append(Finding("error", f"layer {index}", f"Q:KV heads are {ratio}, not {plan.geometry.q_per_kv}:1"))
     return findings
-
-
-def expected_shapes(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Llama pruned to `plan`, a tied head left out."""
-    geometry = plan.geometry
-    hidden = geometry.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (geometry.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not geometry.tied_embeddings:
-        shapes["lm_head.weight"] = (geometry.vocab_size, hidden)
-    for index, (groups, width) in enumerate(zip(plan.kv_counts, plan.channel_counts, strict=True)):
-        queries, keys = groups * geometry.group_width, groups * geometry.head_dim
-        attention = {
-            "q_proj": (queries, hidden),
-            "k_proj": (keys, hidden),
-            "v_proj": (keys, hidden),
-            "o_proj": (hidden, queries),
-        }
-        mlp = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
-        biased = {"o_proj": plan.attention_output_bias(index), "down_proj": plan.mlp_output_bias(index)}
-        for kind, group, bias in (("self_attn", attention, geometry.attention_bias), ("mlp", mlp, geometry.mlp_bias)):
-            for name, shape in group.items():
-                if 0 in shape:  # the sublayer was removed
-                    continue
-                shapes[f"model.layers.{index}.{kind}.{name}.weight"] = shape
-                if biased.get(name, bias):
-                    shapes[f"model.layers.{index}.{kind}.{name}.bias"] = shape[:1]
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{index}.{name}.weight"] = (hidden,)
-    return shapes
 
 
 def layer_shapes(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> tuple[LayerShape, ...]:

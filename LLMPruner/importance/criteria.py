@@ -54,7 +54,6 @@ class SublayerView:
     """A sublayer as the criteria see it: units that own rows of some projections and columns of the output projection."""
 
     units: int
-    heads: int  # query heads of a unit; 1 for a channel
     output: torch.Tensor  # (hidden, columns): weight of o_proj or down_proj
     rows: tuple[torch.Tensor, ...]  # (units * rows of a unit, hidden) each: q, k and v, or gate and up
     statistics: SublayerStatistics
@@ -94,15 +93,16 @@ def obs(view: SublayerView) -> torch.Tensor:
 
 
 def flap(view: SublayerView) -> torch.Tensor:
-    """Weighted input variance, standardized within the sublayer (FLAP, An et al. 2024).
+    """Weighted input variance, standardized over the columns of the sublayer (FLAP, An et al. 2024).
 
-    What a unit adds on average a bias can replace; only what fluctuates is lost: Var(x_j) |W_j|^2. FLAP's unit of attention is
-    the query head, so heads are standardized and a KV group is the mean of its own: over the few groups of a layer the
-    deviations would be forced apart, and a ranking against channels would take half of all groups.
+    What a unit adds on average a bias can replace; only what fluctuates is lost: Var(x_j) |W_j|^2. As in the authors' code
+    attention columns are squared before, and a KV group is the mean of its columns' deviations: the mean of many varies
+    less than one channel's, so few groups rank below the channels.
     """
-    fluctuation = view.statistics.moments.variance * view.output.float().square().sum(0)
-    score = group_scores(fluctuation, view.units * view.heads)  # (units * heads,)
-    standard = (score - score.mean()) / score.std(correction=0).clamp_min(1e-12)
+    fluctuation = view.statistics.moments.variance * view.output.float().square().sum(0)  # (columns,)
+    if len(fluctuation) > view.units:  # attention
+        fluctuation = fluctuation.square()
+    standard = (fluctuation - fluctuation.mean()) / fluctuation.std(correction=0).clamp_min(1e-30)
     return standard.view(view.units, -1).mean(1)
 
 
@@ -165,7 +165,7 @@ def sublayer_view(
     module = kind.module(layer)
     rows = tuple(getattr(module, name).weight.detach() for name in kind.inputs)
     output = kind.projection(layer).weight.detach()
-    return SublayerView(kind.units(geometry), kind.heads(geometry), output, rows, statistics, seed)
+    return SublayerView(kind.units(geometry), output, rows, statistics, seed)
 
 
 def gather_statistics(

@@ -29,7 +29,6 @@ class Kind:
     inputs: tuple[str, ...]  # projections that units own rows of
     output: str  # the projection that units own columns of
     units: Callable[[Geometry], int]  # in the dense sublayer
-    heads: Callable[[Geometry], int]  # query heads of one unit
     slice: Callable[[nn.Module, Sequence[int], Geometry], None]
 
     def module(self, layer: nn.Module) -> nn.Module:
@@ -71,7 +70,6 @@ ATTENTION = Kind(
     inputs=("q_proj", "k_proj", "v_proj"),
     output="o_proj",
     units=lambda geometry: geometry.num_kv_heads,
-    heads=lambda geometry: geometry.q_per_kv,
     slice=slice_attention,
 )
 MLP = Kind(
@@ -80,7 +78,6 @@ MLP = Kind(
     inputs=("gate_proj", "up_proj"),
     output="down_proj",
     units=lambda geometry: geometry.intermediate_size,
-    heads=lambda geometry: 1,
     slice=lambda module, kept, geometry: slice_mlp(module, kept),
 )
 KINDS = {kind.name: kind for kind in (ATTENTION, MLP)}

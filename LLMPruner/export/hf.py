@@ -1,0 +1,175 @@
+"""Hugging Face directories: `hf`, with a width of its own in every layer, and `padded`, a stock model for any loader."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+from LLMPruner.checkpoint import write_folder_atomically, write_json, write_text
+from LLMPruner.export.card import model_card
+from LLMPruner.export.layout import filled, is_uniform, laid_out, stock
+from LLMPruner.plan import PruningPlan, expected_shapes
+from LLMPruner.source import PLAN_FILE, PROVENANCE_FILE
+
+if TYPE_CHECKING:
+    import torch
+
+    from LLMPruner.model import LoadedModel
+
+logger = logging.getLogger("LLMPruner")
+
+SHARD_BYTES = 5 << 30
+SHIPPED = ("configuration_pruned_llama.py", "modeling_pruned_llama.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
+    "AutoModel": "modeling_pruned_llama.PrunedLlamaModel",  # vLLM needs it; save_pretrained would leave it out
+    "AutoModelForCausalLM": "modeling_pruned_llama.PrunedLlamaForCausalLM",
+}
+
+
+def write_hf(path: Path, loaded: LoadedModel, measured: dict[str, Any]) -> None:
+    """A directory of the model's own shapes; where they are uniform a stock one, which needs no flag to load."""
+    if is_uniform(loaded.plan):
+        write_padded(path, loaded, measured)
+        return
+    layout = filled(loaded.plan)
+
+    def write(folder: Path) -> None:
+        config = _base_config(loaded, layout) | {
+            "model_type": "pruned_llama",
+            "architectures": ["PrunedLlamaForCausalLM"],
+            "auto_map": AUTO_MAP,
+            "attention_output_bias": False,
+            "mlp_output_bias": False,
+            "per_layer_config": per_layer_config(layout),
+        }
+        _write_directory(folder, loaded, layout, config, model_card(loaded, layout, measured, "hf"))
+        for name in SHIPPED:
+            shutil.copyfile(Path(__file__).parent / name, folder / name)
+
+    write_folder_atomically(path, write)
+
+
+def write_padded(path: Path, loaded: LoadedModel, measured: dict[str, Any]) -> None:
+    """A stock directory of the same function: every layer padded with zeros to the widest."""
+    layout = stock(loaded.plan)
+    size = layout.geometry
+
+    def write(folder: Path) -> None:
+        llama = size.hidden_size % size.num_heads == 0
+        config = _base_config(loaded, layout) | {
+            "model_type": "llama" if llama else "mistral",  # LlamaConfig refuses heads that do not divide the width
+            "architectures": ["LlamaForCausalLM" if llama else "MistralForCausalLM"],
+            **({} if llama else {"sliding_window": None}),
+        }
+        _write_directory(folder, loaded, layout, config, model_card(loaded, layout, measured, "padded"))
+
+    write_folder_atomically(path, write)
+
+
+def per_layer_config(layout: PruningPlan) -> dict[str, dict[str, Any]]:
+    """What each layer has otherwise than the dense model, by layer and attribute."""
+    geometry, layers = layout.geometry, {}
+    dense = {
+        "num_attention_heads": geometry.num_heads,
+        "num_key_value_heads": geometry.num_kv_heads,
+        "intermediate_size": geometry.intermediate_size,
+        "attention_output_bias": False,
+        "mlp_output_bias": False,
+    }
+    for index, (groups, channels) in enumerate(zip(layout.kv_counts, layout.channel_counts, strict=True)):
+        own = {
+            "num_attention_heads": groups * geometry.q_per_kv,
+            "num_key_value_heads": groups,
+            "intermediate_size": channels,
+            "attention_output_bias": layout.attention_output_bias(index) and not geometry.attention_bias,
+            "mlp_output_bias": layout.mlp_output_bias(index) and not geometry.mlp_bias,
+        }
+        different = {name: value for name, value in own.items() if value != dense[name]}
+        if different:
+            layers[str(index)] = different
+    return layers
+
+
+def _base_config(loaded: LoadedModel, layout: PruningPlan) -> dict[str, Any]:
+    config, size = loaded.model.config.to_dict(), layout.geometry
+    for name in ("_name_or_path", "quantization_config", "auto_map"):
+        config.pop(name, None)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    removed = {
+        "removed_attention": [index for index, groups in enumerate(loaded.plan.kv_counts) if not groups],
+        "removed_mlp": [index for index, channels in enumerate(loaded.plan.channel_counts) if not channels],
+    }
+    return config | {
+        "num_attention_heads": size.num_heads,
+        "num_key_value_heads": size.num_kv_heads,
+        "intermediate_size": size.intermediate_size,
+        "head_dim": size.head_dim,
+        "attention_bias": size.attention_bias,
+        "mlp_bias": size.mlp_bias,
+        "tie_word_embeddings": size.tied_embeddings,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # read before transformers 4.56
+        **_rope(config),
+        **{name: layers for name, layers in removed.items() if layers},
+    }
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings in the words of transformers 5 and of 4, which would silently fall back to theta 10000."""
+    parameters = dict(config.get("rope_parameters") or {})
+    scaling = dict(config.get("rope_scaling") or {})
+    theta = parameters.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
+    kind = parameters.get("rope_type") or scaling.get("rope_type", "default")
+    settings = {"rope_type": kind, **(parameters or scaling)}
+    return {
+        "rope_parameters": {**settings, "rope_theta": theta},
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else settings,
+    }
+
+
+def _write_directory(folder: Path, loaded: LoadedModel, layout: PruningPlan, config: dict[str, Any], card: str) -> None:
+    """Weights, config, generation config, tokenizer with its chat template, card, plan and provenance."""
+    _write_shards(folder, laid_out(loaded, layout), layout, loaded.model.dtype.itemsize)
+    write_json(folder / "config.json", config)
+    loaded.model.generation_config.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    write_text(folder / "README.md", card)
+    write_text(folder / PLAN_FILE, loaded.plan.to_json() + "\n")
+    write_json(folder / PROVENANCE_FILE, loaded.provenance)
+
+
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], layout: PruningPlan, itemsize: int, limit: int = SHARD_BYTES
+) -> None:
+    """Safetensors shards of up to `limit` bytes and their index; one shard is in memory at a time beside the model."""
+    shards: list[list[str]] = [[]]
+    total = filling = 0
+    for name, shape in expected_shapes(layout).items():
+        size = itemsize
+        for length in shape:
+            size *= length
+        if shards[-1] and filling + size > limit:
+            shards.append([])
+            filling = 0
+        shards[-1].append(name)
+        filling += size
+        total += size
+    names = [f"model-{place:05d}-of-{len(shards):05d}.safetensors" for place in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    source = iter(tensors)
+    for name, wanted in zip(names, shards, strict=True):
+        part = {found: tensor.contiguous() for found, tensor in (next(source) for _ in wanted)}
+        save_file(part, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, wanted in zip(names, shards, strict=True) for tensor in wanted}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,78 @@
+"""How a pruned model is laid out for foreign loaders: the plan as written, and every tensor in that plan's shape.
+
+A layout is itself a PruningPlan, one without removed sublayers: loaders know no layer without attention or MLP. What the
+layout has beyond the model is zeros, and zeros change nothing: a zeroed KV group attends and answers zero, a zeroed channel
+adds zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from LLMPruner.plan import LayerPlan, PruningPlan, expected_shapes
+
+if TYPE_CHECKING:
+    from LLMPruner.model import LoadedModel
+
+ZERO_CHANNELS = 32  # of the MLP that stands for a removed one: a block of Q8_0; llama.cpp misreads a width of 0
+
+
+def filled(plan: PruningPlan) -> PruningPlan:
+    """The plan with a zeroed KV group, or a few zeroed channels, where a sublayer was removed."""
+    channels = tuple(range(min(ZERO_CHANNELS, plan.geometry.intermediate_size)))
+    layers = tuple(LayerPlan(layer.kv_groups or (0,), layer.channels or channels) for layer in plan.layers)
+    return replace(plan, layers=layers)
+
+
+def stock(plan: PruningPlan) -> PruningPlan:
+    """A dense plan wide enough for every layer of `plan`: the Llama (or Mistral) that any loader takes.
+
+    Mistral knows no biases; where they are needed KV groups are added until a Llama can be written.
+    """
+    geometry, wide = plan.geometry, filled(plan)
+    layers = range(geometry.num_layers)
+    attention_bias = geometry.attention_bias or any(map(plan.attention_output_bias, layers))
+    mlp_bias = geometry.mlp_bias or any(map(plan.mlp_output_bias, layers))
+    groups = max(wide.kv_counts)
+    while (attention_bias or mlp_bias) and geometry.hidden_size % (groups * geometry.q_per_kv):
+        groups += 1
+    size = replace(
+        geometry,
+        num_heads=groups * geometry.q_per_kv,
+        num_kv_heads=groups,
+        intermediate_size=max(wide.channel_counts),
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+    )
+    return PruningPlan.dense(size)
+
+
+def is_uniform(plan: PruningPlan) -> bool:
+    """Whether all layers have the same shape, so that the stock layout costs nothing."""
+    wide = stock(plan)
+    return (plan.kv_counts, plan.channel_counts) == (wide.kv_counts, wide.channel_counts)
+
+
+def laid_out(loaded: LoadedModel, layout: PruningPlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the model by name in the shape of `layout`, padded with zeros, one at a time; a tied head is left out."""
+    state = loaded.model.state_dict()
+    for name, shape in expected_shapes(layout).items():
+        yield name, _padded(state.get(name), shape, loaded.model.dtype)
+
+
+def zeros(plan: PruningPlan, layout: PruningPlan) -> int:
+    """Parameters that `layout` has beyond `plan`."""
+    return layout.total_params - plan.total_params
+
+
+def _padded(tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if tensor is not None and tuple(tensor.shape) == shape:
+        return tensor.detach()
+    result = torch.zeros(shape, dtype=dtype)
+    if tensor is not None:
+        result[tuple(slice(size) for size in tensor.shape)] = tensor.detach()
+    return result

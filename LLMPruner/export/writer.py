@@ -1,0 +1,50 @@
+"""All formats behind one function: where each goes, what is checked before, and the writing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from LLMPruner.config import EXPORT_FORMATS, ExportConfig
+from LLMPruner.errors import UsageError
+from LLMPruner.export.gguf import check_gguf, write_gguf
+from LLMPruner.export.hf import write_hf, write_padded
+from LLMPruner.export.layout import filled, stock
+
+if TYPE_CHECKING:
+    from LLMPruner.model import LoadedModel
+
+logger = logging.getLogger("LLMPruner")
+
+
+def check_export(loaded: LoadedModel, export: ExportConfig, folder: Path) -> None:
+    """Raise UsageError where an export cannot be written, or would replace what no export wrote."""
+    if "gguf" in export.formats:
+        check_gguf(loaded.model.config, loaded.tokenizer)
+    for form in export.formats:
+        place = folder / EXPORT_FORMATS[form]
+        if place.is_dir() != (form != "gguf") and place.exists():
+            raise UsageError(f"{place} is in the way: an export would replace it")
+        if place.is_dir() and any(place.iterdir()) and not (place / "config.json").is_file():
+            raise UsageError(f"{place} holds something else than an export: choose another folder")
+
+
+def write_exports(loaded: LoadedModel, export: ExportConfig, folder: Path, measured: dict[str, Any]) -> list[Path]:
+    """Write the formats into `folder`; `measured` are PPL results by role, for the cards. Returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for form in export.formats:
+        path = folder / EXPORT_FORMATS[form]
+        if form == "gguf":
+            write_gguf(path, loaded, export.gguf_type)
+        else:
+            {"hf": write_hf, "padded": write_padded}[form](path, loaded, measured)
+        size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+        layout = stock(loaded.plan) if form == "padded" else filled(loaded.plan)
+        zeros = layout.total_params - loaded.plan.total_params
+        note = f", {zeros:,} of its parameters are padding" if zeros else ""
+        logger.info("exported %s: %.1f MB%s", os.fspath(path), size / 1e6, note)
+        written.append(path)
+    return written

@@ -1,0 +1,208 @@
+"""Exported directories are the same function, in transformers' hands and in ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
+
+import LLMPruner.export  # noqa: F401  registers the pruned class
+from LLMPruner.evaluator.health import diagnose_weights
+from LLMPruner.export.hf import _write_shards, write_hf, write_padded
+from LLMPruner.export.layout import filled, is_uniform, laid_out, stock
+from LLMPruner.forward import LayerRunner
+from LLMPruner.methods.apply import apply_plan
+from LLMPruner.model import LoadedModel, load_model
+from LLMPruner.plan import LayerPlan, PruningPlan
+from LLMPruner.source import find_model
+from tests.conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def pruned(tokenizer, plan=None, *, repair: str = "none", removed: bool = False, **changes) -> LoadedModel:
+    """A tiny pruned model; the given or a random plan, with whole sublayers removed where asked."""
+    model = tiny_model(**changes)
+    plan = plan or random_plan(geometry_of(model))
+    if removed:
+        plan = plan.with_layer(1, LayerPlan((), plan.layers[1].channels)).with_layer(2, LayerPlan(plan.layers[2].kv_groups, ()))
+    if repair == "bias":
+        plan = replace(plan, output_bias=True)
+    apply_plan(LayerRunner(model), plan, repair=repair, windows=random_windows())
+    return LoadedModel(model, tokenizer, plan, {"base_model": "tiny", "dense_parameters": plan.geometry.dense_params})
+
+
+def logits(model, ids=None) -> torch.Tensor:
+    """Of a fixed batch of tokens."""
+    with torch.no_grad():
+        return model(input_ids=random_windows(3, 20) if ids is None else ids).logits
+
+
+@each_architecture
+@pytest.mark.parametrize("removed", [False, True], ids=["", "removed"])
+@pytest.mark.parametrize("repair", ["none", "bias"])
+def test_an_export_reloads_bit_identical(changes, repair, removed, tokenizer, tmp_path):
+    loaded = pruned(tokenizer, repair=repair, removed=removed, **changes)
+    write_hf(tmp_path / "hf", loaded, {})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(again).__name__ == "PrunedLlamaForCausalLM"
+    assert logits(again).equal(logits(loaded.model))
+    for index, layer in enumerate(again.model.layers):
+        groups = loaded.plan.kv_counts[index] or 1
+        assert layer.self_attn.k_proj.out_features == groups * loaded.plan.geometry.head_dim
+
+
+@each_architecture
+@pytest.mark.parametrize("removed", [False, True], ids=["", "removed"])
+@pytest.mark.parametrize("repair", ["none", "bias"])
+def test_a_padded_export_is_a_stock_model_of_the_same_function(changes, repair, removed, tokenizer, tmp_path):
+    loaded = pruned(tokenizer, repair=repair, removed=removed, **changes)
+    write_padded(tmp_path / "padded", loaded, {})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    assert type(again) in (LlamaForCausalLM, MistralForCausalLM)
+    assert torch.allclose(logits(again), logits(loaded.model), atol=1e-5)
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["", "removed"])
+@pytest.mark.parametrize("write", [write_hf, write_padded])
+def test_our_own_loader_reads_exports_and_drops_the_padding_of_removed_sublayers(write, removed, tokenizer, tmp_path):
+    loaded = pruned(tokenizer, repair="bias", removed=removed)
+    write(tmp_path / "x", loaded, {})
+    source = find_model(str(tmp_path / "x"), "--model_path")
+    again = load_model(source, dtype="float32", device="cpu")
+    assert torch.allclose(logits(again.model), logits(loaded.model), atol=1e-5)
+    assert again.provenance == loaded.provenance
+    assert diagnose_weights(source).healthy
+    if write is write_hf:
+        assert again.plan == loaded.plan and again.plan.total_params == loaded.plan.total_params
+    assert (0 in again.plan.kv_counts) == removed
+
+
+def test_without_the_plan_file_the_sizes_come_from_the_config(tokenizer, tmp_path):
+    loaded = pruned(tokenizer)
+    write_hf(tmp_path / "x", loaded, {})
+    (tmp_path / "x" / "pruning_plan.json").unlink()
+    source = find_model(str(tmp_path / "x"), "--model_path")
+    assert source.plan.kv_counts == loaded.plan.kv_counts and source.plan.channel_counts == loaded.plan.channel_counts
+    assert logits(load_model(source, dtype="float32", device="cpu").model).equal(logits(loaded.model))
+
+
+@pytest.mark.parametrize(
+    ("groups", "changes", "kind"),
+    [(1, {}, LlamaForCausalLM), (2, {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 3}, MistralForCausalLM)],
+)
+def test_a_uniform_plan_is_a_stock_model_without_custom_code(groups, changes, kind, tokenizer, tmp_path):
+    if kind is MistralForCausalLM:
+        changes = changes | {"hidden_size": 60}  # 8 heads of 12 do not divide it
+    geometry = geometry_of(tiny_model(**changes))
+    layer = LayerPlan(tuple(range(groups)), tuple(range(0, 96, 2)))
+    loaded = pruned(tokenizer, PruningPlan(geometry, (layer,) * geometry.num_layers), **changes)
+    assert is_uniform(loaded.plan)
+    write_hf(tmp_path / "x", loaded, {})
+    assert not list((tmp_path / "x").glob("*.py"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert type(again) is kind
+    assert logits(again).equal(logits(loaded.model))
+    assert stock(loaded.plan).total_params == loaded.plan.total_params == sum(p.numel() for p in again.parameters())
+
+
+def test_generation_cached_and_padded_left_is_the_same(tokenizer, tmp_path):
+    loaded = pruned(tokenizer, rope_parameters=LLAMA3_ROPE)
+    write_hf(tmp_path / "x", loaded, {})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    ids = random_windows(2, 9)
+    ids[0, :4] = 1
+    mask = (ids != 1).long()
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": 299, "pad_token_id": 1}
+    ours = loaded.model.generate(ids, **settings)
+    assert again.generate(ids, **settings).equal(ours)
+    assert again.generate(ids, use_cache=False, **settings).equal(ours)
+    alone = again.generate(ids[:1, 4:], **settings | {"attention_mask": mask[:1, 4:]})
+    assert alone[0, 5:].equal(ours[0, 9:])
+
+
+def test_the_config_speaks_to_transformers_4_and_5(tokenizer, tmp_path):
+    loaded = pruned(tokenizer, rope_parameters=LLAMA3_ROPE)
+    write_hf(tmp_path / "x", loaded, {})
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert config["rope_parameters"] == LLAMA3_ROPE
+    assert config["rope_theta"] == 500000.0
+    assert config["rope_scaling"] == {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["num_key_value_heads"] == 2 and config["dtype"] == config["torch_dtype"] == "float32"
+
+
+def test_the_directory_is_complete_and_its_card_says_what_it_is(tokenizer, tmp_path):
+    loaded = pruned(tokenizer, removed=True)
+    tokenizer.chat_template = "{{ messages }}"
+    row = {"corpus": "ptb", "split": "test", "windows": 3, "seq_len": 64, "ppl": 12.345}
+    try:
+        write_hf(tmp_path / "x", loaded, {"pruned": [row]})
+    finally:
+        tokenizer.chat_template = None
+    names = {path.name for path in (tmp_path / "x").iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} < names
+    assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template == "{{ messages }}"
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "| pruned | ptb | test | 3 | 64 | 12.35 |" in card
+    zeros = filled(loaded.plan).total_params - loaded.plan.total_params
+    assert zeros > 0 and f"{zeros:,} zeros" in card
+    assert card.count("| removed |") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_shards_and_their_index_hold_every_tensor(tokenizer, tmp_path):
+    loaded = pruned(tokenizer)
+    layout = filled(loaded.plan)
+    write_hf(tmp_path / "x", loaded, {})
+    (tmp_path / "x" / "model.safetensors").unlink()
+    _write_shards(tmp_path / "x", laid_out(loaded, layout), layout, 4, limit=100_000)
+    assert len(list((tmp_path / "x").glob("model-*-of-*.safetensors"))) > 1
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "x")).equal(logits(loaded.model))
+
+
+def test_an_export_replaces_an_older_one_whole(tokenizer, tmp_path):
+    write_hf(tmp_path / "x", pruned(tokenizer), {})
+    (tmp_path / "x" / "old").write_text("")
+    loaded = pruned(tokenizer, seed=3)
+    write_hf(tmp_path / "x", loaded, {})
+    assert not (tmp_path / "x" / "old").exists()
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "x")).equal(logits(loaded.model))
+
+
+def test_what_fails_half_way_leaves_the_older_export(tokenizer, tmp_path, monkeypatch):
+    write_hf(tmp_path / "x", pruned(tokenizer), {})
+    before = (tmp_path / "x" / "model.safetensors").read_bytes()
+    monkeypatch.setattr("LLMPruner.export.hf.write_json", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_hf(tmp_path / "x", pruned(tokenizer, seed=3), {})
+    assert (tmp_path / "x" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_fresh_process_without_this_repository_loads_it(tokenizer, tmp_path):
+    loaded = pruned(tokenizer, removed=True, repair="bias")
+    write_hf(tmp_path / "x", loaded, {})
+    torch.save(logits(loaded.model), tmp_path / "expected.pt")
+    torch.save(random_windows(3, 20), tmp_path / "ids.pt")
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("x", trust_remote_code=True)
+assert "LLMPruner" not in sys.modules
+assert model(input_ids=torch.load("ids.pt")).logits.equal(torch.load("expected.pt"))
+"""
+    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
