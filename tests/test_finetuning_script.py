@@ -227,10 +227,10 @@ def test_the_two_paths_are_required(flag, capsys):
 
 
 def test_a_corpus_with_too_few_tokens_is_refused_before_weights_are_read(command, capsys, monkeypatch):
-    Path("short.txt").write_text("The cat chases the mouse quickly .")  # bytes enough, tokens not
+    Path("few.txt").write_text("The cat chases the mouse quickly .")  # bytes enough, tokens not
     before = files()
     monkeypatch.setattr("LLMPruner.model.load_model", lambda *_, **__: pytest.fail("weights were read"))
-    assert command("--dataset=short.txt") == 2
+    assert command("--dataset=few.txt") == 2
     assert "shorter than one window" in capsys.readouterr().err and files() == before
 
 

@@ -101,7 +101,10 @@ def test_without_the_plan_file_the_sizes_come_from_the_config(tokenizer, tmp_pat
 
 @pytest.mark.parametrize(
     ("groups", "changes", "kind"),
-    [(1, {}, LlamaForCausalLM), (2, {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 3}, MistralForCausalLM)],
+    [
+        (1, {}, LlamaForCausalLM),
+        (2, {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 3}, MistralForCausalLM),
+    ],
 )
 def test_a_uniform_plan_is_a_stock_model_without_custom_code(groups, changes, kind, tokenizer, tmp_path):
     if kind is MistralForCausalLM:
