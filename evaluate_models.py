@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from LLMPruner import __version__, cli
 from LLMPruner.checkpoint import write_json
-from LLMPruner.config import EvalConfig, RunConfig, require_at_least
+from LLMPruner.config import EfficiencyConfig, EvalConfig, RunConfig, require_at_least
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.report import LANGUAGES, ROLES, comparison_table, results_json, tables_of
@@ -30,11 +30,20 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags of the evaluation script."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--original_model", help="the dense model: Hugging Face directory, hub id, .gguf file, or 'embedded'")
-    parser.add_argument("--pruned_model", help="the pruned model: pytorch_model.bin")
-    parser.add_argument("--finetuned_model", help="the fine-tuned model: pytorch_model_finetuned.bin")
+    parser.add_argument("--pruned_model", help="the pruned model: pytorch_model.bin, or an exported directory")
+    parser.add_argument("--finetuned_model", help="the fine-tuned model: pytorch_model_finetuned.bin, or an export")
     parser.add_argument("--seq_len", type=int, default=EvalConfig().seq_len, help="tokens of an evaluation window")
     parser.add_argument("--save_results", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--table_lang", choices=sorted(LANGUAGES), default="zh", help="language of the table")
+    group = parser.add_argument_group("efficiency")
+    defaults = EfficiencyConfig()
+    group.add_argument("--efficiency", action="store_true", help="also measure size, FLOPs, KV cache, speed and memory")
+    for name, text in (
+        ("prompt_tokens", "tokens of the prompt that prefill is timed on"),
+        ("new_tokens", "tokens decoded"),
+        ("repeats", "timed repeats, interleaved over the models; the median counts"),
+    ):
+        group.add_argument(f"--efficiency_{name}", type=int, default=getattr(defaults, name), help=text)
     cli.add_eval_flags(parser, seq_len_flag=None)
     cli.add_run_flags(parser)
     return parser
@@ -53,19 +62,38 @@ def recipe(argv: Sequence[str]) -> None:
     sources = {role: find_model(path, f"--{role}_model") for role, path in paths.items()}
     for source in sources.values():
         check_seq_len(source, "--seq_len", evaluation.seq_len)
+    efficiency = efficiency_config(args, sources) if args.efficiency else None
     for name in evaluation.datasets:
         check_corpus(name, settings.data_dir, "test", evaluation.seq_len)
     handlers = start_logging()
     try:
-        compare(sources, evaluation, settings, args.save_results, args.table_lang)
+        compare(sources, evaluation, settings, efficiency, args.save_results, args.table_lang)
     finally:
         stop_logging(handlers)
 
 
+def efficiency_config(args: argparse.Namespace, sources: Mapping[str, ModelSource]) -> EfficiencyConfig:
+    """How speed is to be measured. Raises UsageError where the tokens do not fit a model's positions."""
+    config = EfficiencyConfig(
+        prompt_tokens=args.efficiency_prompt_tokens, new_tokens=args.efficiency_new_tokens, repeats=args.efficiency_repeats
+    )
+    for source in sources.values():
+        check_seq_len(source, "--efficiency_prompt_tokens", config.prompt_tokens)
+        check_seq_len(
+            source, "--efficiency_new_tokens (and what is in the cache before)", config.decode_context + config.new_tokens
+        )
+    return config
+
+
 def compare(
-    sources: Mapping[str, ModelSource], evaluation: EvalConfig, settings: RunConfig, save_results: str | None, lang: str
+    sources: Mapping[str, ModelSource],
+    evaluation: EvalConfig,
+    settings: RunConfig,
+    efficiency: EfficiencyConfig | None,
+    save_results: str | None,
+    lang: str,
 ) -> None:
-    """Measure one model after the other over the same windows; print the table and write the JSON."""
+    """Measure one model after the other over the same windows; print the tables and write the JSON."""
     from LLMPruner.model import load_tokenizer, resolve_device, resolve_dtype, versions
 
     device = resolve_device(settings.device)
@@ -74,6 +102,7 @@ def compare(
     results = {role: measure_model(source, tokenizers[role], windows, role, settings) for role, source in sources.items()}
     parameters = {role: source.plan.total_params for role, source in sources.items()}
     print(comparison_table(tables_of(results, parameters), lang))
+    costs = measure_costs(sources, tokenizers, settings, efficiency) if efficiency is not None else {}
     if save_results is not None:
         environment = {
             "seq_len": evaluation.seq_len,
@@ -82,6 +111,7 @@ def compare(
             "device": str(device),
             "dtype": str(resolve_dtype(settings.dtype, device)).removeprefix("torch."),
             "versions": {"LLMPruner": __version__, **versions()},
+            **({"efficiency": costs} if costs else {}),
         }
         paths = {role: os.fspath(source.path) for role, source in sources.items()}
         write_json(Path(save_results), results_json(results, parameters, paths, **environment))
@@ -127,6 +157,26 @@ def measure_model(
     del loaded
     gc.collect()  # a model may refer to itself: without this, two could be in memory at once
     return results
+
+
+def measure_costs(
+    sources: Mapping[str, ModelSource],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    settings: RunConfig,
+    config: EfficiencyConfig,
+) -> dict[str, Any]:
+    """Size and speed of all models side by side; prints the table. All are in memory together, so that repeats interleave."""
+    from LLMPruner.evaluator.efficiency import efficiency_table, measure_efficiency
+    from LLMPruner.model import load_model
+
+    models = {
+        role: load_model(source, dtype=settings.dtype, device=settings.device, tokenizer=tokenizers[role])
+        for role, source in sources.items()
+    }
+    measured = measure_efficiency(models, {role: source.path for role, source in sources.items()}, config)
+    model = next(iter(models.values())).model
+    print(efficiency_table(measured, str(model.device), str(model.dtype).removeprefix("torch."), config))
+    return {role: result.as_dict() for role, result in measured.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -104,6 +104,20 @@ class FinetuneConfig:
         return self.lr if self.lr is not None else {"lora": 2e-4, "full": 1e-5}[self.method]
 
 
+@dataclass(frozen=True)
+class EfficiencyConfig:
+    """How speed is measured: the prompt of a prefill, tokens in the cache before decoding, tokens decoded, repeats."""
+
+    prompt_tokens: int = 512
+    decode_context: int = 64
+    new_tokens: int = 32
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "repeats"):
+            require_at_least("--efficiency_" + name, getattr(self, name), 1)
+
+
 # What an export is called inside its folder.
 EXPORT_FORMATS = {"hf": "hf", "gguf": "model.gguf", "padded": "padded"}
 GGUF_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")

@@ -35,8 +35,8 @@ def _summary(loaded: LoadedModel, layout: PruningPlan) -> str:
     padding = layout.total_params - plan.total_params
     if padding:
         lines.append(
-            f"This export holds {padding:,} zeros beside them ({padding / plan.total_params:.1%} more, {layout.total_params:,} in "
-            "all), which change no result but cost memory and time."
+            f"This export holds {padding:,} zeros beside them ({padding / plan.total_params:.1%} more, {layout.total_params:,} "
+            "in all), which change no result but cost memory and time."
         )
     if any(
         plan.attention_output_bias(i) > plan.geometry.attention_bias or plan.mlp_output_bias(i) > plan.geometry.mlp_bias
