@@ -174,7 +174,7 @@ class PruneConfig:
     calibration_seq_len: int = 512
     calibration_dataset: str = "wikitext2"
     allow_sublayer_removal: bool = False  # a sublayer may lose its last unit
-    search_generations: int = 60
+    search_generations: int = 30
     search_tokens: int = 512  # held-out tokens that the search measures KL on
     search_minutes: float = 10.0
     resume: bool = False  # continue the experiment's interrupted search

@@ -361,7 +361,21 @@ def _report_plan(run: Run, plan: PruningPlan, budget: Budget) -> None:
     logger.info(
         "predicted size: %.1f MB at 2 bytes a parameter, %.1f MB at 4", plan.total_params * 2 / 1e6, plan.total_params * 4 / 1e6
     )
-    run.metrics["budget"] = {"base": budget.base, "base_name": budget.base_name, "target": budget.target, "removed": removed}
+    over = removed - budget.target
+    logger.info(
+        "rounding: channels in multiples of %d, whole KV groups: %s parameters more than the target go (%.3f%% of the model)",
+        budget.round_to,
+        f"{over:,}",
+        100 * over / geometry.dense_params,
+    )
+    run.metrics["budget"] = {
+        "base": budget.base,
+        "base_name": budget.base_name,
+        "target": budget.target,
+        "removed": removed,
+        "round_to": budget.round_to,
+        "removed_by_rounding": over,
+    }
     run.metrics["parameters"] = {"original": geometry.dense_params, "pruned": plan.total_params}
 
 

@@ -33,7 +33,7 @@ from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
 from LLMPruner.importance.search import Database, Fitness, SearchState, improve, measure_costs
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import count_parameters, load_model, versions
+from LLMPruner.model import count_parameters, load_model, resolve_device, resolve_dtype, versions
 from LLMPruner.pipeline import JobWindows, PruneJob, cut_windows
 from LLMPruner.run import logger, peak_memory, read_json_file, reset_peak_memory, start_logging, stop_logging
 from LLMPruner.source import ModelSource, check_seq_len, find_model
@@ -154,7 +154,8 @@ class Bench:
         (fitness, state.costs), *cost = self.once(("search", config.calibration_dataset), prepare)
         costs.append(cost)
         deadline = time.monotonic() + 60 * config.search_minutes - cost[0]
-        return clocked(lambda: self.improve(fitness, budget, config, limits, state, deadline))
+        found = lambda: self.improve(fitness, budget, config, limits, state, deadline)  # noqa: E731
+        return self.once(("plan", config.calibration_dataset, config.pruning_ratio), found)
 
     def improve(self, fitness: Fitness, budget: Budget, config: PruneConfig, limits: Any, state: SearchState, deadline: float):
         """The kept counts and unit scores of this budget."""
@@ -184,6 +185,7 @@ def recipe(argv: Sequence[str]) -> None:
         raise UsageError(f"--output {args.output} is not a folder")
     path = args.output / "quality.json"
     setting = {"model": args.base_model, "windows": args.windows, "seq_len": args.seq_len, "seed": args.seed}
+    setting["dtype"] = str(resolve_dtype(run.dtype, resolve_device(run.device))).removeprefix("torch.")
     record = read_json_file(path, "the record") if path.exists() else {**setting, "versions": versions(), "rows": []}
     if any(record[key] != value for key, value in setting.items()):
         raise UsageError(f"{path} was measured with other settings: pass another --output")
@@ -221,7 +223,10 @@ def table(record: dict[str, Any]) -> str:
     lines = []
     dense = record["dense"]["results"]
     for corpus in sorted({row["calibration"] for row in record["rows"]}, reverse=True):
-        lines += [f"Calibrated on {corpus}, {record['windows']} windows of {record['seq_len']} per corpus:", ""]
+        lines += [
+            f"Calibrated on {corpus}, {record['windows']} windows of {record['seq_len']} per corpus, {record['dtype']}:",
+            "",
+        ]
         head = ["ratio", "method", *(f"PPL {name}" for name in CORPORA), *(f"KL {name}" for name in CORPORA)]
         head += ["removed", "calibration tokens", "seconds", "peak GB"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

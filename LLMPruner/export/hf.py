@@ -140,10 +140,19 @@ def _write_directory(folder: Path, loaded: LoadedModel, layout: PruningPlan, con
     _write_shards(folder, laid_out(loaded, layout), layout, loaded.model.dtype.itemsize)
     write_json(folder / "config.json", config)
     loaded.model.generation_config.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+    _write_tokenizer(folder, loaded.tokenizer)
     write_text(folder / "README.md", card)
     write_text(folder / PLAN_FILE, loaded.plan.to_json() + "\n")
     write_json(folder / PROVENANCE_FILE, loaded.provenance)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """The tokenizer's files; transformers 5 names its class in a way that 4.57 does not know, the older name suits both."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _write_shards(

@@ -47,6 +47,7 @@ class Budget:
     base_name: str  # model or selected
     target: int  # parameters to remove, at least
     sublayers: tuple[Sublayer, ...]
+    round_to: int = 1  # channels are kept in multiples of this
 
     def kept(self, levels: Sequence[int]) -> dict[tuple[int, str], int]:
         """Kept units of every selected sublayer, by `(layer, kind)`, at the given levels."""
@@ -123,7 +124,7 @@ def make_budget(geometry: Geometry, config: PruneConfig) -> Budget:
     if adds_bias(config):  # what the repair adds must be removed elsewhere
         has_bias = {"attention": geometry.attention_bias, "mlp": geometry.mlp_bias}
         target += geometry.hidden_size * sum(not has_bias[sublayer.kind] for sublayer in sublayers)
-    budget = Budget(geometry, base, name, target, tuple(sublayers))
+    budget = Budget(geometry, base, name, target, tuple(sublayers), step)
     if config.freeze_top_n_layers >= len(layers):
         raise UsageError(f"--freeze_top_n_layers {config.freeze_top_n_layers} freezes all {len(layers)} selected layers")
     _check_feasible(budget, config, len(layers))

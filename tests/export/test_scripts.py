@@ -66,7 +66,7 @@ def test_fine_tuning_exports_what_it_trained(place, data_dir):
         "--seq_len=32",
         *QUICK,
     ]
-    assert finetuning.main([*flags, "--lr=1e-3", "--export", "hf"]) == 0
+    assert finetuning.main([*flags, *QUICK, "--lr=1e-3", "--export", "hf"]) == 0
     tuned = AutoModelForCausalLM.from_pretrained("prune_log/t/hf")
     assert answer(tuned).equal(answer(loaded("prune_log/t/pytorch_model_finetuned.bin")))
     assert not answer(tuned).equal(answer(loaded("m.bin")))

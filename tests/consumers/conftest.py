@@ -1,0 +1,77 @@
+"""Models for the consumers: SmolLM2 pruned to a width of its own in every layer, and a tiny 4:1 model with scaled rotation."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from LLMPruner.config import ExportConfig, PruneConfig
+from LLMPruner.export.writer import write_exports
+from LLMPruner.forward import LayerRunner
+from LLMPruner.importance.allocation import allocate, build_plan, make_budget
+from LLMPruner.importance.criteria import score_units
+from LLMPruner.methods.apply import apply_plan
+from LLMPruner.model import LoadedModel, load_model
+from LLMPruner.source import find_model
+from tests.export.test_hf import LLAMA3_ROPE, pruned
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model in memory and the folder of its hf/, padded/ and model.gguf (all float32)."""
+
+    loaded: LoadedModel
+    folder: Path
+
+
+def python_of(consumer: str) -> str:
+    """The interpreter of a consumer's own environment, which `make test-consumers` builds; fails where it is missing."""
+    path = Path(os.environ.get("CONSUMERS", ROOT / ".consumers"), consumer, "bin", "python")
+    assert path.exists(), f"{path} is missing: run `make test-consumers`"
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Export:
+    """SmolLM2-135M, 15% removed: KV groups and channels by magnitude, ranked over all layers, so that no two are alike."""
+    loaded = load_model(find_model("embedded", "--model_path"), dtype="float32", device="cpu")
+    config = PruneConfig(pruning_ratio=0.15, prune_mlp=True, importance="magnitude", pruning_strategy="global", repair="none")
+    runner, geometry = LayerRunner(loaded.model), loaded.plan.geometry
+    units = score_units(runner, geometry, "magnitude", windows=None, seed=0)
+    loaded.plan = build_plan(geometry, allocate(make_budget(geometry, config), None, config, units), units)
+    assert len(set(zip(loaded.plan.kv_counts, loaded.plan.channel_counts, strict=True))) > 3
+    apply_plan(runner, loaded.plan)
+    return _exported(loaded, tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer, tmp_path_factory) -> Export:
+    """A tiny 4:1 Llama with Llama-3.1's rotary scaling, one attention and one MLP removed."""
+    return _exported(pruned(tokenizer, removed=True, rope_parameters=LLAMA3_ROPE), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(params=["smollm2", "tiny"])
+def export(request) -> Export:
+    """Both, one after the other."""
+    return request.getfixturevalue(request.param)
+
+
+@torch.no_grad()
+def reference(loaded: LoadedModel, ids: list[int], new_tokens: int = 32) -> tuple[torch.Tensor, list[int]]:
+    """Logits `(tokens, vocab)` of our own model, and its greedy continuation, computed without a cache."""
+    logits = loaded.model(input_ids=torch.tensor([ids])).logits[0]
+    longer = list(ids)
+    for _ in range(new_tokens):
+        longer.append(int(loaded.model(input_ids=torch.tensor([longer])).logits[0, -1].argmax()))
+    return logits, longer[len(ids) :]
+
+
+def _exported(loaded: LoadedModel, folder: Path) -> Export:
+    write_exports(loaded, ExportConfig(("hf", "gguf", "padded")), folder, {})
+    return Export(loaded, folder)

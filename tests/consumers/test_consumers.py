@@ -1,0 +1,130 @@
+"""What we export, in the hands of the programs it is for, each in its own environment. Run by `make test-consumers`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from LLMPruner.export.gguf import write_gguf
+from LLMPruner.forward import LayerRunner
+from tests.consumers.conftest import python_of, reference
+
+HERE = Path(__file__).parent
+PROMPT = "The river rises in the mountains"
+pytestmark = pytest.mark.consumers
+
+
+def run(python: str, script: str, *arguments: str, cwd: Path, **environment: str) -> str:
+    """Standard output of a script in its own process, away from this repository."""
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    settings |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home"), **environment}
+    done = subprocess.run(
+        [python, str(HERE / script), *map(str, arguments)], cwd=cwd, env=settings, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("version", ["pinned", "transformers-4.57"])
+def test_transformers_without_this_repository(version, export, tmp_path):
+    python = sys.executable if version == "pinned" else python_of(version)
+    facts = json.loads(run(python, "run_transformers.py", export.folder / "hf", "out.pt", cwd=tmp_path).splitlines()[-1])
+    assert facts["class"] == "PrunedLlamaForCausalLM"
+    assert facts["tokens"] == export.loaded.tokenizer(PROMPT).input_ids
+    result = torch.load(tmp_path / "out.pt")
+    with torch.no_grad():
+        logits = export.loaded.model(input_ids=torch.tensor([facts["tokens"]])).logits
+    _, greedy = reference(export.loaded, facts["tokens"])
+    assert result["logits"].equal(logits)
+    assert result["generated"][0, len(facts["tokens"]) :].tolist() == greedy
+    assert facts["cached equals plain"] and facts["padded equals alone"]
+    assert facts["bf16 error"] < 0.05
+    assert facts["kv heads"] == [groups or 1 for groups in export.loaded.plan.kv_counts]
+    assert facts["losses"][1] < facts["losses"][0]
+    assert facts["reload error"] == 0
+
+
+@pytest.mark.parametrize("form", ["f32", "q8_0"])
+def test_llama_cpp(form, export, tmp_path):
+    path = export.folder / "model.gguf"
+    if form == "q8_0":
+        path = tmp_path / "q8.gguf"
+        write_gguf(path, export.loaded, "q8_0")
+    ids = export.loaded.tokenizer(PROMPT).input_ids
+    job = {"text": PROMPT, "ids": ids, "new_tokens": 32}
+    if export.loaded.tokenizer.chat_template:
+        job["messages"] = [{"role": "user", "content": "Hello"}]
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    run(python_of("llama-cpp"), "run_llama_cpp.py", path, "job.json", "out", cwd=tmp_path)
+    found = json.loads((tmp_path / "out.json").read_text())
+    logits, greedy = reference(export.loaded, ids)
+    assert found["tokens"] == ids
+    assert found["metadata"]["general.architecture"] == "deci"
+    error = numpy.abs(numpy.load(tmp_path / "out.npy") - logits.numpy()).max()
+    if form == "f32":
+        assert error < 2e-2
+        assert found["greedy"] == greedy
+    else:
+        assert error < 0.2 * logits.abs().max()
+    if "messages" in job:
+        assert found["metadata"]["tokenizer.chat_template"] == export.loaded.tokenizer.chat_template
+        assert found["chat"]
+
+
+def test_vllm(export, tmp_path):
+    ids = export.loaded.tokenizer(PROMPT).input_ids
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    output = run(python_of("vllm"), "run_vllm.py", export.folder / "hf", "ids.json", cwd=tmp_path, VLLM_CPU_KVCACHE_SPACE="1")
+    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    assert json.loads(line.removeprefix("RESULT ")) == reference(export.loaded, ids)[1]
+
+
+def test_lm_eval_agrees_with_our_own_accuracy(smollm2, tmp_path):
+    questions = [
+        ("The opposite of hot is", ["cold", "blue", "seven"], 0),
+        ("Two plus two makes", ["a tree", "four", "the sea"], 1),
+        ("The capital of France is", ["Berlin", "Madrid", "Paris"], 2),
+        ("Fish live in the", ["water", "chimney", "alphabet"], 0),
+        ("At night we see the stars and the", ["carpet", "moon", "sandwich"], 1),
+        ("A week has seven", ["days", "wheels", "kings"], 0),
+        ("Bees make", ["petrol", "honey", "glass"], 1),
+        ("In winter it is", ["square", "purple", "cold"], 2),
+    ]
+    rows = [{"query": query, "choices": choices, "gold": gold} for query, choices, gold in questions]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "little.yaml").write_text(
+        f"task: little\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: query\ndoc_to_target: gold\ndoc_to_choice: choices\n"
+        "metric_list:\n  - metric: acc\n"
+    )
+    arguments = ["-m", "lm_eval", "--model", "hf", "--tasks", "little", "--include_path", str(tmp_path), "--device", "cpu"]
+    arguments += ["--model_args", f"pretrained={smollm2.folder / 'hf'},trust_remote_code=True,dtype=float32"]
+    arguments += ["--output_path", str(tmp_path / "result"), "--batch_size", "4"]
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    settings |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([python_of("lm-eval"), *arguments], cwd=tmp_path, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "result").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]["little"]["acc,none"]
+    ours = sum(best_choice(smollm2.loaded, query, choices) == gold for query, choices, gold in questions) / len(questions)
+    assert theirs == pytest.approx(ours)
+    assert 0 < ours <= 1
+
+
+def best_choice(loaded, query: str, choices: list[str]) -> int:
+    """The choice of the highest likelihood after the query, by our own runner."""
+    runner, scores = LayerRunner(loaded.model), []
+    start = loaded.tokenizer(query).input_ids
+    for choice in choices:
+        ids = torch.tensor([loaded.tokenizer(f"{query} {choice}").input_ids])
+        whole = runner.losses(runner.layers(runner.embed(ids)), ids).item()
+        prefix = torch.tensor([start])
+        scores.append(whole - runner.losses(runner.layers(runner.embed(prefix)), prefix).item())
+    return min(range(len(choices)), key=scores.__getitem__)
