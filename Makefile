@@ -40,6 +40,7 @@ CONSUMERS = transformers-4.57 llama-cpp vllm lm-eval
 .consumers/%/.ready: tests/consumers/requirements-%.txt
 	$(PYTHON) -m venv .consumers/$*
 	.consumers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.consumers/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # vLLM's clash with its torch
 	touch $@
 
 test-consumers: $(VENV)/.demo $(CONSUMERS:%=.consumers/%/.ready)

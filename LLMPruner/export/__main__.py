@@ -29,6 +29,10 @@ def recipe(argv: Sequence[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {args.output} is not a folder")
     source = find_model(args.checkpoint, "CHECKPOINT")
+    for form in export.formats:
+        place = folder / EXPORT_FORMATS[form]
+        if place.exists() and place.samefile(source.path):
+            raise UsageError(f"--output {args.output} would replace {args.checkpoint}, which is read: choose another folder")
     size = checkpoint_bytes(source.geometry.dense_params, settings.dtype, settings.device)
     require_free_space(folder, size * len(export.formats), "the export")
 

@@ -128,6 +128,14 @@ def test_a_wrong_export_is_one_sentence_and_changes_nothing(place, capsys, flags
     assert sorted(str(path) for path in place.rglob("*")) == before
 
 
+def test_an_export_never_replaces_its_own_source(place, capsys):
+    assert export(["m.bin", "--output", "out", *QUICK]) == 0
+    before = {path.name: path.read_bytes() for path in Path("out/hf").iterdir()}
+    assert export(["out/hf", "--output", "out", *QUICK]) == 2
+    assert "would replace" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("out/hf").iterdir()} == before
+
+
 def test_a_tokenizer_that_gguf_cannot_name_is_refused_before_pruning(trained_dir, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("LLMPruner.export.gguf._pre_tokenizer", refuse)
