@@ -214,8 +214,8 @@ class PruneConfig:
 
     @property
     def search_seq_len(self) -> int:
-        """Tokens of a held-out window of the search."""
-        return min(256, self.search_tokens)
+        """Tokens of a held-out window of the search; no longer than a calibration window, which fits the model's positions."""
+        return min(256, self.search_tokens, self.calibration_seq_len)
 
     def layer_range(self, num_layers: int) -> range:
         """The layers to prune. Raises UsageError where the range is empty or leaves the model."""

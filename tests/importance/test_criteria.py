@@ -158,8 +158,8 @@ def test_flap_ranks_by_what_fluctuates_and_not_by_what_is_constant():
     model = tiny_model()
     layer, (queries, channels) = model.model.layers[1], inputs_of(model, 1)
     scores = scored(model, "flap")[1]
-    heads = (queries.var(0, correction=0) * layer.self_attn.o_proj.weight.square().sum(0)).view(8, -1).sum(1)
-    standard = ((heads - heads.mean()) / heads.std(correction=0)).view(2, 4).mean(1)  # two groups of four query heads
+    columns = (queries.var(0, correction=0) * layer.self_attn.o_proj.weight.square().sum(0)).square()
+    standard = ((columns - columns.mean()) / columns.std(correction=0)).view(2, -1).mean(1)  # over two groups' columns
     torch.testing.assert_close(scores.kv_groups, standard.detach(), rtol=1e-3, atol=1e-4)
     naive = channels.var(0, correction=0) * layer.mlp.down_proj.weight.square().sum(0)
     naive = (naive - naive.mean()) / naive.std(correction=0)
