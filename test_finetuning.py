@@ -15,8 +15,8 @@ from LLMPruner.config import EvalConfig, ExportConfig, FinetuneConfig, RunConfig
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import UsageError
 from LLMPruner.model import checkpoint_bytes
-from LLMPruner.pipeline import check_exports, export_model
-from LLMPruner.run import Run, check_experiment, logger
+from LLMPruner.pipeline import check_exports, export_model, run_export_bytes
+from LLMPruner.run import Run, check_experiment, check_export_places, logger
 from LLMPruner.source import ModelSource, check_seq_len, check_token_ids, find_model
 
 if TYPE_CHECKING:
@@ -80,8 +80,11 @@ def preflight(job: Job, folder: Path) -> None:
         output = folder / "pytorch_model_finetuned.bin"
         if output.exists() and output.samefile(job.source.path):
             raise UsageError(f"--save_name {folder.name} would overwrite the input {job.source.path}: choose another name")
-        size = checkpoint_bytes(job.source.plan.total_params, job.run.dtype, job.run.device)
-        require_free_space(folder, size * (1 + len(job.export.formats)), "what the run writes")
+    size = run_export_bytes(job.source.geometry.dense_params, job.export, job.run)
+    if job.save:
+        size += checkpoint_bytes(job.source.plan.total_params, job.run.dtype, job.run.device)
+    check_export_places(job.export, folder, job.source.path)
+    require_free_space(folder, size, "what the run writes")
 
 
 def train(job: Job, run: Run) -> None:
@@ -96,8 +99,8 @@ def train(job: Job, run: Run) -> None:
         windows = training_windows(tokenizer, job.training, data_dir, seed)
         tested = load_eval_windows(tokenizer, job.evaluation, data_dir) if job.test_before or job.test_after else {}
         check_token_ids(job.source, "--model_path", windows, *tested.values())
+        check_exports(job.source, tokenizer, job.export)
         loaded = load_model(job.source, dtype=job.run.dtype, device=job.run.device, tokenizer=tokenizer)
-        check_exports(run, loaded, job.export)
     # An experiment that was pruned under the same name keeps the description and the metrics of its pruning.
     suffix = "_finetune" if (run.dir / "pytorch_model.bin").exists() else ""
     settings = {"model_path": job.source.path, **asdict(job.run), **asdict(job.training)}

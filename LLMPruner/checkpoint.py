@@ -47,15 +47,21 @@ def write_folder_atomically(path: Path, write: Any) -> None:
     try:
         temporary.mkdir()
         write(temporary)
-        for file in temporary.iterdir():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
         if path.exists():
             path.rename(old)
         temporary.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():  # stopped between the two renames
+            old.rename(path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.checkpoint import load_checkpoint, save_checkpoint
+from LLMPruner.config import ExportConfig
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.plan import PruningPlan, removed_prefixes
 from LLMPruner.source import ModelSource, weight_files
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 logger = logging.getLogger("LLMPruner")
 
@@ -76,7 +77,7 @@ def load_model(
         raise RunError(f"{source.path} has {count:,} parameters where its config says {source.plan.total_params:,}")
     logger.info("loaded %s parameters", f"{count:,}")
     if "__provenance__" in source.meta:
-        provenance = json.loads(source.meta["__provenance__"])
+        provenance = source.provenance
     else:
         provenance = {"base_model": str(source.path), "dense_parameters": count}
     return LoadedModel(model, tokenizer or load_tokenizer(source), source.plan, provenance)
@@ -204,6 +205,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def stored_dtype(source: ModelSource) -> str:
+    """The precision that a model's weights are stored in; float32 for a quantized GGUF, which is dequantized."""
+    name = str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return name if name in DTYPES else "float32"
+
+
+def export_bytes(params: int, export: ExportConfig, itemsize: int) -> int:
+    """An upper estimate of the size of all exports of a model whose dense form has `params` parameters."""
+    sizes = [{"f32": 4}.get(export.gguf_type, itemsize) if form == "gguf" else itemsize for form in export.formats]
+    return sum(params * size + (32 << 20) for size in sizes)
+
+
 def checkpoint_bytes(params: int, dtype: str, device: str) -> int:
     """An upper estimate of our `.bin`'s size: the weights, and 32 MB for tokenizer and headers.
 
@@ -249,9 +262,8 @@ def _load_directory(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM
     import safetensors
     from transformers import LlamaForCausalLM
 
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    if config["model_type"] != "llama" or not source.plan.is_dense:
-        return _load_export(source, config, dtype)
+    if source.config["model_type"] != "llama" or not source.plan.is_dense:
+        return _load_export(source, dict(source.config), dtype)
     try:
         model, report = LlamaForCausalLM.from_pretrained(source.path, dtype=dtype, output_loading_info=True)
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
@@ -263,15 +275,31 @@ def _load_directory(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM
 
 def _load_export(source: ModelSource, settings: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
     """A directory that LLMPruner.export wrote, or a Mistral: stock modules in the plan's shapes, no code of the directory's."""
-    from transformers import GenerationConfig, LlamaConfig
+    from transformers import GenerationConfig
 
     foreign = ("model_type", "architectures", "auto_map", "per_layer_config", "sliding_window", "torch_dtype", "dtype")
     foreign += ("removed_attention", "removed_mlp", "attention_output_bias", "mlp_output_bias", "transformers_version")
-    config = LlamaConfig(**{name: value for name, value in settings.items() if name not in foreign})
+    config = _llama_config({name: value for name, value in settings.items() if name not in foreign})
     model = assign_weights(build_empty(config, source.plan), dict(open_tensors(source)), dtype)
     if (source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.path)
     return model
+
+
+def _llama_config(settings: dict[str, Any]) -> LlamaConfig:
+    """A LlamaConfig, also of heads that do not divide the width: transformers 5 refuses those, so they are set afterwards."""
+    from transformers import LlamaConfig
+
+    heads = settings["num_attention_heads"]
+    known = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": settings.get("num_key_value_heads") or heads,
+        "head_dim": settings.get("head_dim") or settings["hidden_size"] // heads,
+    }
+    config = LlamaConfig(**settings | dict.fromkeys(known, 1))
+    for name, value in known.items():
+        setattr(config, name, value)
+    return config
 
 
 def _load_gguf(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -290,10 +318,10 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def _load_bin(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
-    from transformers import GenerationConfig, LlamaConfig
+    from transformers import GenerationConfig
 
     tensors, meta = load_checkpoint(source.path)
-    model = build_empty(LlamaConfig(**json.loads(meta["__config__"])), source.plan)
+    model = build_empty(_llama_config(json.loads(meta["__config__"])), source.plan)
     model = assign_weights(model, tensors, dtype)
     if "__generation_config__" in meta:
         model.generation_config = GenerationConfig(**json.loads(meta["__generation_config__"]))

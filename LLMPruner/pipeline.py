@@ -25,8 +25,18 @@ from LLMPruner.importance.criteria import CRITERIA, score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
 from LLMPruner.importance.search import SearchState
 from LLMPruner.methods.repair import REPAIRS
-from LLMPruner.model import checkpoint_bytes, load_model, load_tokenizer, save_model, versions
+from LLMPruner.model import (
+    checkpoint_bytes,
+    export_bytes,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    save_model,
+    versions,
+)
 from LLMPruner.plan import PruningPlan
+from LLMPruner.run import check_export_places
 from LLMPruner.source import ModelSource, check_seq_len, check_token_ids
 
 if TYPE_CHECKING:
@@ -88,7 +98,7 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
     Raises UsageError, with nothing changed on disk.
     """
     geometry, config = job.source.geometry, job.prune
-    if not job.source.plan.is_dense:
+    if job.source.is_pruned:
         raise UsageError(f"{job.source.path} is pruned already: prune the dense model it came from with a larger ratio")
     _check_lengths(job)
     _check_outputs(job, folder)
@@ -101,11 +111,18 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
         importance = LayerImportance.load(file, job.source.fingerprint(), geometry.num_layers)
     for corpus, split, seq_len in _corpora(job):
         check_corpus(corpus, job.run.data_dir, split, seq_len)
-    if job.save and not job.dry_run:
+    if not job.dry_run:
         size = checkpoint_bytes(geometry.dense_params - budget.target, job.run.dtype, job.run.device)
-        copies = 1 + job.saves_finetuned + len(job.export.formats)
-        require_free_space(folder, size * copies, "what the run writes")
+        size = size * (job.save + job.saves_finetuned) + run_export_bytes(geometry.dense_params, job.export, job.run)
+        require_free_space(folder, size, "what the run writes")
     return budget, importance
+
+
+def run_export_bytes(params: int, export: ExportConfig, run: RunConfig) -> int:
+    """An upper estimate of the exports' size; see `export_bytes`."""
+    if not export.formats:
+        return 0
+    return export_bytes(params, export, resolve_dtype(run.dtype, resolve_device(run.device)).itemsize)
 
 
 def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance | None = None) -> LoadedModel:
@@ -127,8 +144,8 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
         tokenizer = load_tokenizer(job.source)
         windows = cut_windows(job, tokenizer)
         check_token_ids(job.source, "--base_model", *windows.all())
+        check_exports(job.source, tokenizer, job.export)
         loaded = load_model(job.source, dtype=job.run.dtype, device=job.run.device, tokenizer=tokenizer)
-        check_exports(run, loaded, job.export)
         runner = LayerRunner(loaded.model)
     results: dict[str, list[Perplexity]] = {}
     if job.test_original and not job.dry_run:
@@ -161,12 +178,12 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     return loaded
 
 
-def check_exports(run: Run, loaded: LoadedModel, export: ExportConfig) -> None:
-    """Raise UsageError where a wanted export could not be written, before anything slow is done."""
+def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig) -> None:
+    """Raise UsageError where a wanted export could not be written, before any weight is read."""
     if export.formats:
         from LLMPruner.export.writer import check_export
 
-        check_export(loaded, export, run.dir)
+        check_export(source, tokenizer, export)
 
 
 def export_model(run: Run, loaded: LoadedModel, export: ExportConfig, metrics: str = "metrics.json") -> None:
@@ -238,6 +255,7 @@ def _check_outputs(job: PruneJob, folder: Path) -> None:
     """Raise UsageError where the run would overwrite its input, or leave a checkpoint beside another run's plan."""
     if job.dry_run:
         return
+    check_export_places(job.export, folder, job.source.path)
     outputs = [folder / "pytorch_model.bin", folder / "pytorch_model_finetuned.bin"]
     for output in outputs:
         if output.exists() and output.samefile(job.source.path):

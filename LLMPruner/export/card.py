@@ -10,14 +10,17 @@ if TYPE_CHECKING:
     from LLMPruner.model import LoadedModel
 
 
-def model_card(loaded: LoadedModel, layout: PruningPlan, measured: dict[str, Any], form: str) -> str:
-    """README.md of an exported directory; `layout` is the plan as written, `measured` PPL results by role."""
+def model_card(loaded: LoadedModel, layout: PruningPlan, measured: dict[str, Any], *, own_code: bool) -> str:
+    """README.md of an exported directory; `layout` is the plan as written, `measured` PPL results by role.
+
+    `own_code`: the directory brings its model class.
+    """
     plan = loaded.plan
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [pruned, structured-pruning]\n---",
         f"# Pruned Llama, {plan.total_params:,} parameters",
         _summary(loaded, layout),
-        "## Loading\n" + _loading(plan, layout, form),
+        "## Loading\n" + _loading(plan, layout, own_code),
         "## Provenance\n" + _provenance(loaded.provenance),
         "## Measured perplexity\n" + _perplexity(measured),
         "## What each layer keeps\n" + _layers(plan),
@@ -46,11 +49,12 @@ def _summary(loaded: LoadedModel, layout: PruningPlan) -> str:
     return "\n".join(lines)
 
 
-def _loading(plan: PruningPlan, layout: PruningPlan, form: str) -> str:
-    if form == "hf":
+def _loading(plan: PruningPlan, layout: PruningPlan, own_code: bool) -> str:
+    if own_code:
         return (
             "Layers differ in width, so the directory brings its model class, two short files over transformers' own:\n\n"
-            "```python\nAutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n```\n\n"
+            "```python\nAutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+            "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n```\n\n"
             "vLLM: `vllm serve folder --trust-remote-code`. Where `LLMPruner` is installed, `import LLMPruner.export` makes "
             "the flag needless."
         )
@@ -61,16 +65,16 @@ def _loading(plan: PruningPlan, layout: PruningPlan, form: str) -> str:
 
 
 def _provenance(provenance: dict[str, Any]) -> str:
-    settings = provenance.get("settings", {})
+    settings = provenance.get("settings") or {}
     rows = {
         "base model": provenance.get("base_model"),
         "command": provenance.get("command"),
-        "calibration": " ".join(str(value) for value in provenance.get("calibration", {}).values()),
+        "calibration": " ".join(str(value) for value in (provenance.get("calibration") or {}).values()),
         "importance": settings.get("importance"),
         "allocation": settings.get("pruning_strategy"),
         "repair": settings.get("repair"),
         "seed": provenance.get("seed"),
-        "versions": ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items()),
     }
     if "finetune" in provenance:
         rows["fine-tuning"] = provenance["finetune"].get("command")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,13 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Steps of a pre-tokenizer (as `_rule` sees them) and llama.cpp's name for them.
+PRE_TOKENIZERS = {
+    (("ByteLevel", False, True),): "gpt-2",
+    (("Digits", True), ("ByteLevel", False, True)): "smollm",
+    (("Split", LLAMA3_SPLIT, "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
+}
+
 
 def write_gguf(path: Path, loaded: LoadedModel, kind: str = "auto") -> None:
     """Write the model as `path`; `kind` is one of TYPES, or auto for the weights' own precision.
@@ -59,7 +66,7 @@ def write_gguf(path: Path, loaded: LoadedModel, kind: str = "auto") -> None:
     layout = filled(loaded.plan)
     if kind == "auto":
         kind = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[loaded.model.dtype]
-    check_gguf(loaded.model.config, loaded.tokenizer)
+    check_gguf(loaded.model.config.to_dict(), loaded.tokenizer)
 
     def write(temporary: Path) -> None:
         writer = GGUFWriter(temporary, "llama" if is_uniform(loaded.plan) else "deci")
@@ -78,19 +85,19 @@ def write_gguf(path: Path, loaded: LoadedModel, kind: str = "auto") -> None:
     write_atomically(path, write)
 
 
-def check_gguf(config: Any, tokenizer: Any) -> None:
-    """Raise UsageError for a tokenizer or a rotary scaling that cannot be written, before anything slow is done."""
+def check_gguf(config: Mapping[str, Any], tokenizer: Any) -> None:
+    """Raise UsageError for a tokenizer or a rotary scaling that cannot be written. `config` is a model's config as a dict."""
     _pre_tokenizer(tokenizer)
     kind = _rope(config)["rope_type"]
     if kind not in ("default", "llama3", "linear"):
         raise UsageError(f"rotary scaling {kind!r} cannot be written as GGUF: choose the hf or padded export")
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings from a config of transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling)."""
-    parameters = getattr(config, "rope_parameters", None)
+    parameters = config.get("rope_parameters")
     if parameters is None:
-        parameters = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+        parameters = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
     return {"rope_type": "default", "rope_theta": 10000.0, **parameters}
 
 
@@ -100,7 +107,7 @@ def _add_sizes(writer: GGUFWriter, loaded: LoadedModel, layout: PruningPlan, fil
     heads = [count * geometry.q_per_kv for count in groups]
     if is_uniform(loaded.plan):
         heads, groups, channels = heads[0], groups[0], channels[0]
-    rope = _rope(config)
+    rope = _rope(config.to_dict())
     writer.add_name(Path(str(loaded.provenance.get("base_model", "model"))).stem + " pruned")
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
@@ -145,7 +152,7 @@ def _interleaved(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def _rope_factors(model: Any) -> torch.Tensor | None:
     """By what Llama-3.1's scaling divides each rotary frequency, float32 `(head_dim / 2,)`; None where it has none."""
-    rope = _rope(model.config)
+    rope = _rope(model.config.to_dict())
     if rope["rope_type"] != "llama3":
         return None
     scaled = model.model.rotary_emb.inv_freq.float().cpu()
@@ -204,7 +211,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
         "eos": bool(ids) and ids[-1] == tokenizer.eos_token_id,
     }
     template = tokenizer.chat_template
-    special.chat_template = template if isinstance(template, str) else None
+    special.chat_template = template.get("default") if isinstance(template, dict) else template
     special.add_to_gguf(writer, quiet=True)
 
 
@@ -212,17 +219,21 @@ def _pre_tokenizer(tokenizer: Any) -> str:
     """llama.cpp's name of the rule by which the tokenizer splits text before its merges. Raises UsageError for others."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = json.loads(backend.to_str()) if backend is not None else {}
-    steps = parts.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    if parts.get("normalizer") is None and (parts.get("model") or {}).get("type") == "BPE" and kinds[-1] == "ByteLevel":
-        if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-            return "smollm"
-        if kinds == ["Split", "ByteLevel"] and steps[0].get("pattern", {}).get("Regex") == LLAMA3_SPLIT:
-            return "llama-bpe"
+    step = parts.get("pre_tokenizer") or {}
+    steps = tuple(_rule(step) for step in step.get("pretokenizers", [step]))
+    if parts.get("normalizer") is None and (parts.get("model") or {}).get("type") == "BPE" and steps in PRE_TOKENIZERS:
+        return PRE_TOKENIZERS[steps]
     raise UsageError(
         "the tokenizer's rule for splitting text is none that GGUF has a name for here (Llama-3, SmolLM, GPT-2): "
         "choose the hf or padded export, and convert that with llama.cpp's own script"
     )
+
+
+def _rule(step: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides how a step of a tokenizer's pre-tokenizer splits text."""
+    kind = step.get("type")
+    if kind == "ByteLevel":
+        return kind, step.get("add_prefix_space", True), step.get("use_regex", True)
+    if kind == "Digits":
+        return kind, step.get("individual_digits", False)
+    return kind, (step.get("pattern") or {}).get("Regex"), step.get("behavior"), step.get("invert", False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 
 from LLMPruner.checkpoint import write_folder_atomically, write_json, write_text
 from LLMPruner.export.card import model_card
-from LLMPruner.export.layout import filled, is_uniform, laid_out, stock
+from LLMPruner.export.layout import counted, filled, is_uniform, laid_out, stock
 from LLMPruner.plan import PruningPlan, expected_shapes
 from LLMPruner.source import PLAN_FILE, PROVENANCE_FILE
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from LLMPruner.model import LoadedModel
-
-logger = logging.getLogger("LLMPruner")
 
 SHARD_BYTES = 5 << 30
 SHIPPED = ("configuration_pruned_llama.py", "modeling_pruned_llama.py")
@@ -36,7 +33,7 @@ AUTO_MAP = {
 def write_hf(path: Path, loaded: LoadedModel, measured: dict[str, Any]) -> None:
     """A directory of the model's own shapes; where they are uniform a stock one, which needs no flag to load."""
     if is_uniform(loaded.plan):
-        write_padded(path, loaded, measured)
+        write_padded(path, loaded, measured)  # of which nothing is padding
         return
     layout = filled(loaded.plan)
 
@@ -49,7 +46,7 @@ def write_hf(path: Path, loaded: LoadedModel, measured: dict[str, Any]) -> None:
             "mlp_output_bias": False,
             "per_layer_config": per_layer_config(layout),
         }
-        _write_directory(folder, loaded, layout, config, model_card(loaded, layout, measured, "hf"))
+        _write_directory(folder, loaded, layout, config, measured)
         for name in SHIPPED:
             shutil.copyfile(Path(__file__).parent / name, folder / name)
 
@@ -68,7 +65,7 @@ def write_padded(path: Path, loaded: LoadedModel, measured: dict[str, Any]) -> N
             "architectures": ["LlamaForCausalLM" if llama else "MistralForCausalLM"],
             **({} if llama else {"sliding_window": None}),
         }
-        _write_directory(folder, loaded, layout, config, model_card(loaded, layout, measured, "padded"))
+        _write_directory(folder, loaded, layout, config, measured)
 
     write_folder_atomically(path, write)
 
@@ -135,15 +132,19 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_directory(folder: Path, loaded: LoadedModel, layout: PruningPlan, config: dict[str, Any], card: str) -> None:
+def _write_directory(
+    folder: Path, loaded: LoadedModel, layout: PruningPlan, config: dict[str, Any], measured: dict[str, Any]
+) -> None:
     """Weights, config, generation config, tokenizer with its chat template, card, plan and provenance."""
     _write_shards(folder, laid_out(loaded, layout), layout, loaded.model.dtype.itemsize)
     write_json(folder / "config.json", config)
-    loaded.model.generation_config.save_pretrained(folder)
+    # as it is: save_pretrained would refuse sampling settings that well-known models carry beside greedy decoding
+    write_text(folder / "generation_config.json", loaded.model.generation_config.to_json_string())
     _write_tokenizer(folder, loaded.tokenizer)
-    write_text(folder / "README.md", card)
+    write_text(folder / "README.md", model_card(loaded, layout, measured, own_code="auto_map" in config))
     write_text(folder / PLAN_FILE, loaded.plan.to_json() + "\n")
-    write_json(folder / PROVENANCE_FILE, loaded.provenance)
+    record = {"parameters": counted(loaded.plan, layout), "measured": measured}
+    write_json(folder / PROVENANCE_FILE, loaded.provenance | record)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any) -> None:

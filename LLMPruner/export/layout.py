@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from LLMPruner.errors import UsageError
 from LLMPruner.plan import LayerPlan, PruningPlan, expected_shapes
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def filled(plan: PruningPlan) -> PruningPlan:
 def stock(plan: PruningPlan) -> PruningPlan:
     """A dense plan wide enough for every layer of `plan`: the Llama (or Mistral) that any loader takes.
 
-    Mistral knows no biases; where they are needed KV groups are added until a Llama can be written.
+    Mistral knows no biases; where they are needed KV groups are added until a Llama can be written. Raises UsageError where
+    that never is.
     """
     geometry, wide = plan.geometry, filled(plan)
     layers = range(geometry.num_layers)
@@ -40,6 +42,8 @@ def stock(plan: PruningPlan) -> PruningPlan:
     groups = max(wide.kv_counts)
     while (attention_bias or mlp_bias) and geometry.hidden_size % (groups * geometry.q_per_kv):
         groups += 1
+        if groups > geometry.hidden_size:
+            raise UsageError("with these biases and head counts no stock Llama can be written: choose the hf export alone")
     size = replace(
         geometry,
         num_heads=groups * geometry.q_per_kv,
@@ -53,8 +57,20 @@ def stock(plan: PruningPlan) -> PruningPlan:
 
 def is_uniform(plan: PruningPlan) -> bool:
     """Whether all layers have the same shape, so that the stock layout costs nothing."""
-    wide = stock(plan)
-    return (plan.kv_counts, plan.channel_counts) == (wide.kv_counts, wide.channel_counts)
+    layers = range(plan.geometry.num_layers)
+    extra = any(plan.attention_output_bias(i) != plan.geometry.attention_bias for i in layers)
+    extra = extra or any(plan.mlp_output_bias(i) != plan.geometry.mlp_bias for i in layers)
+    shapes = set(zip(plan.kv_counts, plan.channel_counts, strict=True))
+    return len(shapes) == 1 and 0 not in shapes.pop() and not extra
+
+
+def counted(plan: PruningPlan, layout: PruningPlan) -> int:
+    """Parameters of `layout` as our own loader counts them: without what stands for removed sublayers."""
+    layers = tuple(
+        LayerPlan(wide.kv_groups if own.kv_groups else (), wide.channels if own.channels else ())
+        for own, wide in zip(plan.layers, layout.layers, strict=True)
+    )
+    return replace(layout, layers=layers).total_params
 
 
 def laid_out(loaded: LoadedModel, layout: PruningPlan) -> Iterator[tuple[str, torch.Tensor]]:
@@ -62,11 +78,6 @@ def laid_out(loaded: LoadedModel, layout: PruningPlan) -> Iterator[tuple[str, to
     state = loaded.model.state_dict()
     for name, shape in expected_shapes(layout).items():
         yield name, _padded(state.get(name), shape, loaded.model.dtype)
-
-
-def zeros(plan: PruningPlan, layout: PruningPlan) -> int:
-    """Parameters that `layout` has beyond `plan`."""
-    return layout.total_params - plan.total_params
 
 
 def _padded(tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

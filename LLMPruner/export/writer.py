@@ -8,27 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.config import EXPORT_FORMATS, ExportConfig
-from LLMPruner.errors import UsageError
 from LLMPruner.export.gguf import check_gguf, write_gguf
 from LLMPruner.export.hf import write_hf, write_padded
 from LLMPruner.export.layout import filled, stock
 
 if TYPE_CHECKING:
     from LLMPruner.model import LoadedModel
+    from LLMPruner.source import ModelSource
 
 logger = logging.getLogger("LLMPruner")
 
 
-def check_export(loaded: LoadedModel, export: ExportConfig, folder: Path) -> None:
-    """Raise UsageError where an export cannot be written, or would replace what no export wrote."""
+def check_export(source: ModelSource, tokenizer: Any, export: ExportConfig) -> None:
+    """Raise UsageError where a wanted format cannot hold the model; no weights are needed."""
     if "gguf" in export.formats:
-        check_gguf(loaded.model.config, loaded.tokenizer)
-    for form in export.formats:
-        place = folder / EXPORT_FORMATS[form]
-        if place.is_dir() != (form != "gguf") and place.exists():
-            raise UsageError(f"{place} is in the way: an export would replace it")
-        if place.is_dir() and any(place.iterdir()) and not (place / "config.json").is_file():
-            raise UsageError(f"{place} holds something else than an export: choose another folder")
+        check_gguf(source.config, tokenizer)
 
 
 def write_exports(loaded: LoadedModel, export: ExportConfig, folder: Path, measured: dict[str, Any]) -> list[Path]:
@@ -41,7 +35,8 @@ def write_exports(loaded: LoadedModel, export: ExportConfig, folder: Path, measu
             write_gguf(path, loaded, export.gguf_type)
         else:
             {"hf": write_hf, "padded": write_padded}[form](path, loaded, measured)
-        size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+        files = [path] if path.is_file() else path.rglob("*")
+        size = sum(file.stat().st_size for file in files if file.is_file())
         layout = stock(loaded.plan) if form == "padded" else filled(loaded.plan)
         zeros = layout.total_params - loaded.plan.total_params
         note = f", {zeros:,} of its parameters are padding" if zeros else ""

@@ -1,8 +1,9 @@
 """How much per layer, by measurement: the levels of all sublayers that give the least KL from the dense model.
 
-First every sublayer is shrunk alone to a dozen levels, healed, and the KL from the dense model measured on held-out
-windows; dynamic programming over parameters turns these costs into a start. Then levels are shifted between sublayers and
-the KL of the whole pruned model decides (ZipLM, Kurtic et al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li et al. 2025).
+First every sublayer is shrunk alone to a dozen levels, healed, and the KL from the dense model measured on half of the
+held-out windows; dynamic programming over parameters turns these costs into a start. Then levels are shifted between
+sublayers and the KL of the whole pruned model decides (ZipLM, Kurtic et al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li
+et al. 2025).
 KL and not perplexity is the fitness: perplexity would overfit its corpus.
 """
 
@@ -144,6 +145,7 @@ class Fitness:
 
     def __init__(self, database: Database, windows: torch.Tensor) -> None:
         self.database, self.runner, self.windows = database, database.runner, windows
+        self.half = max(1, len(windows) // 2)  # windows that costs and the first look at a mutant are measured on
         self.levels = [0] * len(database.budget.sublayers)
         self._hidden = self._prefixes()
         self._dense = self.runner.log_probs(self._hidden[-1])
@@ -251,7 +253,7 @@ def sublayer_costs(fitness: Fitness, which: int, limits: tuple[int, int]) -> lis
     for level in sorted({round(last * step / COST_LEVELS) for step in range(1, COST_LEVELS + 1)} - {0}):
         levels = [0] * len(sublayers)
         levels[which] = level
-        known[level] = max(fitness.measure(levels), *known.values())  # what removes more counts as no better
+        known[level] = max(fitness.measure(levels, fitness.half), *known.values())  # what removes more counts as no better
     points, costs = sorted(known), []
     for level in range(len(sublayers[which].levels)):
         below = max(point for point in points if point <= level)
@@ -296,8 +298,7 @@ def _evolve(
             mutants.append(mutant)
         if len(mutants) == OFFSPRING:
             break
-    first = max(1, len(fitness.windows) // 2)
-    mutants.sort(key=lambda levels: fitness.measure(levels, first))
+    mutants.sort(key=lambda levels: fitness.measure(levels, fitness.half))
     best = min(((fitness.measure(levels), levels) for levels in mutants[:SURVIVORS]), default=None)
     state.generation += 1
     state.stale += 1

@@ -126,6 +126,9 @@ def test_rules_that_llama_cpp_knows_by_name_are_told_from_others():
         split(pre_tokenizers.Split(Regex(r"\s+"), "isolated"), bare),
         split(pre_tokenizers.Metaspace()),
         split(byte_level, normalizer=normalizers.NFC()),
+        split(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        split(pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "removed", invert=True), bare),
+        split(pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), byte_level),
     ):
         with pytest.raises(UsageError, match="choose the hf or padded export"):
             _pre_tokenizer(other)
@@ -134,7 +137,7 @@ def test_rules_that_llama_cpp_knows_by_name_are_told_from_others():
 def test_rotary_scaling_without_a_gguf_name_is_refused(tokenizer):
     config = tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(UsageError, match="rotary scaling 'dynamic'"):
-        check_gguf(config, tokenizer)
+        check_gguf(config.to_dict(), tokenizer)
 
 
 def test_a_failed_export_leaves_nothing(tokenizer, tmp_path, monkeypatch):

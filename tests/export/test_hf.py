@@ -6,18 +6,20 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
 import LLMPruner.export  # noqa: F401  registers the pruned class
+from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.health import diagnose_weights
 from LLMPruner.export.hf import _write_shards, write_hf, write_padded
 from LLMPruner.export.layout import filled, is_uniform, laid_out, stock
 from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, load_model
+from LLMPruner.model import LoadedModel, load_model, save_model
 from LLMPruner.plan import LayerPlan, PruningPlan
 from LLMPruner.source import find_model
 from tests.conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
@@ -41,7 +43,8 @@ def pruned(tokenizer, plan=None, *, repair: str = "none", removed: bool = False,
     if repair == "bias":
         plan = replace(plan, output_bias=True)
     apply_plan(LayerRunner(model), plan, repair=repair, windows=random_windows())
-    return LoadedModel(model, tokenizer, plan, {"base_model": "tiny", "dense_parameters": plan.geometry.dense_params})
+    record = {"base_model": "tiny", "dense_parameters": plan.geometry.dense_params, "parameters": plan.total_params}
+    return LoadedModel(model, tokenizer, plan, record | {"settings": {"repair": repair}})
 
 
 def logits(model, ids=None) -> torch.Tensor:
@@ -83,8 +86,8 @@ def test_our_own_loader_reads_exports_and_drops_the_padding_of_removed_sublayers
     source = find_model(str(tmp_path / "x"), "--model_path")
     again = load_model(source, dtype="float32", device="cpu")
     assert torch.allclose(logits(again.model), logits(loaded.model), atol=1e-5)
-    assert again.provenance == loaded.provenance
-    assert diagnose_weights(source).healthy
+    assert again.provenance["settings"] == loaded.provenance["settings"] and again.provenance["measured"] == {}
+    assert diagnose_weights(source).healthy and source.is_pruned
     if write is write_hf:
         assert again.plan == loaded.plan and again.plan.total_params == loaded.plan.total_params
     assert (0 in again.plan.kv_counts) == removed
@@ -103,7 +106,7 @@ def test_without_the_plan_file_the_sizes_come_from_the_config(tokenizer, tmp_pat
     ("groups", "changes", "kind"),
     [
         (1, {}, LlamaForCausalLM),
-        (2, {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 3}, MistralForCausalLM),
+        (3, {"num_key_value_heads": 8}, MistralForCausalLM),  # 3 heads do not divide the width of 64
     ],
 )
 def test_a_uniform_plan_is_a_stock_model_without_custom_code(groups, changes, kind, tokenizer, tmp_path):
@@ -117,6 +120,22 @@ def test_a_uniform_plan_is_a_stock_model_without_custom_code(groups, changes, ki
     assert type(again) is kind
     assert logits(again).equal(logits(loaded.model))
     assert stock(loaded.plan).total_params == loaded.plan.total_params == sum(p.numel() for p in again.parameters())
+    source = find_model(str(tmp_path / "x"), "--model_path")
+    ours = load_model(source, dtype="float32", device="cpu")
+    assert logits(ours.model).equal(logits(loaded.model)) and diagnose_weights(source).healthy
+    save_model(tmp_path / "m.bin", ours)
+    again = load_model(find_model(str(tmp_path / "m.bin"), "--model_path"), dtype="float32", device="cpu")
+    assert logits(again.model).equal(logits(loaded.model))
+
+
+def test_a_uniform_plan_with_added_biases_keeps_its_own_class(tokenizer, tmp_path):
+    geometry = geometry_of(tiny_model())
+    plan = PruningPlan(geometry, (LayerPlan((1,), tuple(range(64))),) * geometry.num_layers)
+    loaded = pruned(tokenizer, plan, repair="bias")
+    write_hf(tmp_path / "x", loaded, {})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert type(again).__name__ == "PrunedLlamaForCausalLM" and logits(again).equal(logits(loaded.model))
+    assert sum(p.numel() for p in again.parameters()) == loaded.plan.total_params
 
 
 def test_generation_cached_and_padded_left_is_the_same(tokenizer, tmp_path):
@@ -191,6 +210,43 @@ def test_what_fails_half_way_leaves_the_older_export(tokenizer, tmp_path, monkey
         write_hf(tmp_path / "x", pruned(tokenizer, seed=3), {})
     assert (tmp_path / "x" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_interrupt_between_the_two_renames_leaves_the_older_export(tokenizer, tmp_path, monkeypatch):
+    write_hf(tmp_path / "x", pruned(tokenizer), {})
+    before = (tmp_path / "x" / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name.endswith(".tmp") and Path(target).name == "x":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_hf(tmp_path / "x", pruned(tokenizer, seed=3), {})
+    assert (tmp_path / "x" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_sampling_settings_beside_greedy_decoding_and_several_chat_templates_are_written(tokenizer, tmp_path):
+    loaded = pruned(tokenizer)
+    loaded.model.generation_config.temperature = 0.6
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    try:
+        write_hf(tmp_path / "x", loaded, {})
+    finally:
+        tokenizer.chat_template = None
+    assert json.loads((tmp_path / "x" / "generation_config.json").read_text())["temperature"] == 0.6
+    assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template["tools"] == "{{ tools }}"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"settings": 3}'])
+def test_a_broken_record_is_one_sentence(text, tokenizer, tmp_path):
+    write_hf(tmp_path / "x", pruned(tokenizer), {})
+    (tmp_path / "x" / "provenance.json").write_text(text)
+    with pytest.raises(UsageError, match=r"provenance.json is not"):
+        find_model(str(tmp_path / "x"), "--model_path")
 
 
 def test_a_fresh_process_without_this_repository_loads_it(tokenizer, tmp_path):

@@ -18,7 +18,7 @@ from LLMPruner.model import load_model, save_model
 from LLMPruner.source import find_model
 from tests.conftest import half_pruned, random_windows
 
-QUICK = ["--dtype=float32", "--device=cpu"]
+QUICK = ["--dtype=float32"]
 SMALL = ["--layer_importance_samples=4", "--channel_importance_samples=4", "--calibration_seq_len=32"]
 SMALL += ["--layer_importance_seq_len=32", "--eval_seq_len=32", "--eval_samples=4", *QUICK]
 
@@ -110,14 +110,16 @@ def test_the_card_of_an_existing_checkpoint_tells_what_its_run_measured(place):
         (["m.bin", "--output=out", "--format", "hf", "hf"], "named twice"),
         (["m.bin", "--output=out", "--format", "onnx"], "invalid choice: 'onnx'"),
         (["m.bin"], "--output"),
-        (["m.bin", "--output=mine"], "holds something else than an export"),
-        (["m.bin", "--output=mine", "--format", "gguf"], "is in the way"),
+        (["m.bin", "--output=mine"], "something else than an export"),
+        (["m.bin", "--output=mine", "--format", "gguf"], "something else than an export"),
+        (["m.bin", "--output=mine", "--format", "padded"], "is a link"),
     ],
 )
 def test_a_wrong_export_is_one_sentence_and_changes_nothing(place, capsys, flags, words):
     (place / "mine" / "hf").mkdir(parents=True)
     (place / "mine" / "hf" / "thesis.txt").write_text("years of work")
-    (place / "mine" / "model.gguf").mkdir()
+    (place / "mine" / "model.gguf").write_text("notes")
+    (place / "mine" / "padded").symlink_to(place / "elsewhere")
     before = sorted(str(path) for path in place.rglob("*"))
     try:
         code = export([*flags, *QUICK])
@@ -134,6 +136,37 @@ def test_an_export_never_replaces_its_own_source(place, capsys):
     assert export(["out/hf", "--output", "out", *QUICK]) == 2
     assert "would replace" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in Path("out/hf").iterdir()} == before
+
+
+def test_exports_of_the_scripts_never_replace_what_they_read(place, data_dir, capsys):
+    assert export(["m.bin", "--output", "prune_log/t", *QUICK]) == 0
+    before = {path.name: path.read_bytes() for path in Path("prune_log/t/hf").iterdir()}
+    flags = ["--model_path=prune_log/t/hf", "--save_name=t", f"--data_dir={data_dir}", "--seq_len=32", *QUICK]
+    assert finetuning.main([*flags, "--export", "hf"]) == 2
+    assert "would replace the model that is read" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("prune_log/t/hf").iterdir()} == before
+
+
+def test_a_padded_export_is_not_pruned_again(trained_dir, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shared = [f"--data_dir={data_dir}", *SMALL]
+    assert (
+        pruning.main([f"--base_model={trained_dir}", "--save_ckpt_log_name=x", "--prune_mlp", *shared, "--export", "padded"])
+        == 0
+    )
+    assert pruning.main(["--base_model=prune_log/x/padded", "--save_ckpt_log_name=y", *shared]) == 2
+    assert "is pruned already" in capsys.readouterr().err
+
+
+def test_the_weights_own_precision_is_kept_whatever_the_machine_likes(trained_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = half_pruned(trained_dir)
+        model.model.to(dtype)
+        model.model.config.dtype = dtype
+        save_model(Path("m.bin"), model)
+        assert export(["m.bin", "--output", "out"]) == 0
+        assert AutoModelForCausalLM.from_pretrained("out/hf", dtype="auto").dtype == dtype
 
 
 def test_a_tokenizer_that_gguf_cannot_name_is_refused_before_pruning(trained_dir, data_dir, tmp_path, monkeypatch, capsys):
