@@ -15,8 +15,11 @@ PROMPT = "The river rises in the mountains"
 
 
 def load(folder, **options):
-    """The model by its own code."""
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+    """The model by its own code, weights aligned as torch aligns: mapped files are not, and kernels' last bits depend on it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def tune_one_step(model, ids):

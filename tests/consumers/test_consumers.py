@@ -25,6 +25,7 @@ def run(python: str, script: str, *arguments: str, cwd: Path, **environment: str
     """Standard output of a script in its own process, away from this repository."""
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     settings |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home"), **environment}
+    settings["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums of floats depend on how they are split
     done = subprocess.run(
         [python, str(HERE / script), *map(str, arguments)], cwd=cwd, env=settings, capture_output=True, text=True
     )
