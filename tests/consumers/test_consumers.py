@@ -14,7 +14,7 @@ import torch
 
 from LLMPruner.export.gguf import write_gguf
 from LLMPruner.forward import LayerRunner
-from tests.consumers.conftest import python_of, reference
+from tests.consumers.exports import export, python_of, reference, smollm2, tiny
 
 HERE = Path(__file__).parent
 PROMPT = "The river rises in the mountains"
