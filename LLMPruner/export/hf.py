@@ -179,6 +179,7 @@ def _write_shards(
     for name, wanted in zip(names, shards, strict=True):
         part = {found: tensor.contiguous() for found, tensor in (next(source) for _ in wanted)}
         save_file(part, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors' own mode would keep a server's user out
     if len(shards) > 1:
         weight_map = {tensor: name for name, wanted in zip(names, shards, strict=True) for tensor in wanted}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -175,6 +175,7 @@ def test_the_directory_is_complete_and_its_card_says_what_it_is(tokenizer, tmp_p
     names = {path.name for path in (tmp_path / "x").iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} < names
     assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template == "{{ messages }}"
+    assert len({path.stat().st_mode for path in (tmp_path / "x").iterdir()}) == 1
     card = (tmp_path / "x" / "README.md").read_text()
     assert "| pruned | ptb | test | 3 | 64 | 12.35 |" in card
     zeros = filled(loaded.plan).total_params - loaded.plan.total_params
