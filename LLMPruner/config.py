@@ -133,6 +133,8 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if len(set(self.formats)) != len(self.formats):
             raise UsageError("a format to export is named twice")
+        if self.gguf_type != "auto" and "gguf" not in self.formats:
+            raise UsageError(f"--gguf_type {self.gguf_type} needs gguf among the formats to export")
 
 
 # The published methods as points of one space, and the best one: the three choices in one word. `best` also takes more

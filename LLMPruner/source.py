@@ -208,6 +208,8 @@ def _inspect_gguf(path: Path) -> ModelSource:
         read = {name: value.contents() for name, value in reader.fields.items() if not name.startswith("tokenizer.")}
     except Exception as error:  # the reader raises whatever numpy raises on a truncated file
         raise DamagedError(f"{path} is not a readable GGUF file: {error}") from error
+    if read.get("general.architecture") == "deci":
+        raise UsageError(f"{path} is for llama.cpp: pass the .bin it was exported from, or the hf export")
     if read.get("general.architecture") != "llama":
         raise UsageError(f"{path} is not a Llama: its architecture is {read.get('general.architecture')!r}")
     tensors = {tensor.name: tensor for tensor in reader.tensors}

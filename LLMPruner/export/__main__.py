@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from LLMPruner import cli
@@ -25,9 +27,7 @@ def recipe(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights; auto: as they are stored")
     args = parser.parse_args(argv)
     export = ExportConfig(tuple(args.format), args.gguf_type)
-    folder = existing_path(args.output, "--output")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {args.output} is not a folder")
+    folder = output_folder(args.output)
     source = find_model(args.checkpoint, "CHECKPOINT")
     check_export_places(export, folder, source.path)
     dtype = stored_dtype(source) if args.dtype == "auto" else args.dtype
@@ -44,6 +44,15 @@ def recipe(argv: Sequence[str]) -> None:
         write_exports(load_model(source, dtype=dtype, device="cpu", tokenizer=tokenizer), export, folder, measured)
     finally:
         stop_logging(handlers)
+
+
+def output_folder(path: str) -> Path:
+    """The folder to write into, not yet created. Raises UsageError where none can be made."""
+    folder = existing_path(path, "--output")
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not path or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {path!r} is not a folder, or none can be made there: choose another one")
+    return folder
 
 
 def measured_before(source: ModelSource) -> dict[str, Any]:

@@ -107,6 +107,10 @@ def test_the_card_of_an_existing_checkpoint_tells_what_its_run_measured(place):
     [
         (["missing.bin", "--output=out"], "missing.bin does not exist"),
         (["m.bin", "--output=m.bin"], "is not a folder"),
+        (["m.bin", "--output=m.bin/x"], "cannot be read"),
+        (["m.bin", "--output="], "is not a folder"),
+        (["m.bin", "--output=out", "--gguf_type=f16"], "needs gguf"),
+        (["g/model.gguf", "--output=out"], "is for llama.cpp"),
         (["m.bin", "--output=out", "--format", "hf", "hf"], "named twice"),
         (["m.bin", "--output=out", "--format", "onnx"], "invalid choice: 'onnx'"),
         (["m.bin"], "--output"),
@@ -116,6 +120,7 @@ def test_the_card_of_an_existing_checkpoint_tells_what_its_run_measured(place):
     ],
 )
 def test_a_wrong_export_is_one_sentence_and_changes_nothing(place, capsys, flags, words):
+    assert export(["m.bin", "--output=g", "--format", "gguf", *QUICK]) == 0
     (place / "mine" / "hf").mkdir(parents=True)
     (place / "mine" / "hf" / "thesis.txt").write_text("years of work")
     (place / "mine" / "model.gguf").write_text("notes")
