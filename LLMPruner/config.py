@@ -145,7 +145,7 @@ PRESETS: dict[str, dict[str, str | int]] = {
     "wanda-sp": {"importance": "wanda", "pruning_strategy": "uniform", "repair": "none"},
     "flap": {"importance": "flap", "pruning_strategy": "global", "repair": "bias"},
     "osscar": {"importance": "obs", "pruning_strategy": "uniform", "repair": "least_squares"},
-    "best": {"importance": "obs", "pruning_strategy": "search", "repair": "least_squares", "repair_samples": 256},
+    "best": {"importance": "taylor", "pruning_strategy": "search", "repair": "least_squares", "repair_samples": 256},
 }
 
 
