@@ -14,8 +14,8 @@ from LLMPruner.checkpoint import require_free_space
 from LLMPruner.config import EvalConfig, ExportConfig, FinetuneConfig, RunConfig
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import UsageError
-from LLMPruner.model import checkpoint_bytes
-from LLMPruner.pipeline import check_exports, export_model, run_export_bytes
+from LLMPruner.model import checkpoint_bytes, export_bytes
+from LLMPruner.pipeline import check_exports, export_model
 from LLMPruner.run import Run, check_experiment, check_export_places, logger
 from LLMPruner.source import ModelSource, check_seq_len, check_token_ids, find_model
 
@@ -80,7 +80,7 @@ def preflight(job: Job, folder: Path) -> None:
         output = folder / "pytorch_model_finetuned.bin"
         if output.exists() and output.samefile(job.source.path):
             raise UsageError(f"--save_name {folder.name} would overwrite the input {job.source.path}: choose another name")
-    size = run_export_bytes(job.source.geometry.dense_params, job.export, job.run)
+    size = export_bytes(job.source.geometry.dense_params, job.export, job.run.dtype, job.run.device)
     if job.save:
         size += checkpoint_bytes(job.source.plan.total_params, job.run.dtype, job.run.device)
     check_export_places(job.export, folder, job.source.path)

@@ -118,6 +118,7 @@ class EfficiencyConfig:
             require_at_least("--efficiency_" + name, getattr(self, name), 1)
 
 
+PLAN_FILE, PROVENANCE_FILE = "pruning_plan.json", "provenance.json"  # of an experiment, and of an exported directory
 # What an export is called inside its folder.
 EXPORT_FORMATS = {"hf": "hf", "gguf": "model.gguf", "padded": "padded"}
 GGUF_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")

@@ -211,10 +211,10 @@ def stored_dtype(source: ModelSource) -> str:
     return name if name in DTYPES else "float32"
 
 
-def export_bytes(params: int, export: ExportConfig, itemsize: int) -> int:
+def export_bytes(params: int, export: ExportConfig, dtype: str, device: str) -> int:
     """An upper estimate of the size of all exports of a model whose dense form has `params` parameters."""
-    sizes = [{"f32": 4}.get(export.gguf_type, itemsize) if form == "gguf" else itemsize for form in export.formats]
-    return sum(params * size + (32 << 20) for size in sizes)
+    types = ["float32" if form == "gguf" and export.gguf_type == "f32" else dtype for form in export.formats]
+    return sum(checkpoint_bytes(params, name, device) for name in types)
 
 
 def checkpoint_bytes(params: int, dtype: str, device: str) -> int:

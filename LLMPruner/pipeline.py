@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.checkpoint import require_free_space, write_text
-from LLMPruner.config import EvalConfig, ExportConfig, FinetuneConfig, PruneConfig, RunConfig
+from LLMPruner.config import PLAN_FILE, EvalConfig, ExportConfig, FinetuneConfig, PruneConfig, RunConfig
 from LLMPruner.data import check_corpus, load_windows
 from LLMPruner.errors import UsageError
 from LLMPruner.importance.allocation import (
@@ -30,8 +30,6 @@ from LLMPruner.model import (
     export_bytes,
     load_model,
     load_tokenizer,
-    resolve_device,
-    resolve_dtype,
     save_model,
     versions,
 )
@@ -113,16 +111,10 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
         check_corpus(corpus, job.run.data_dir, split, seq_len)
     if not job.dry_run:
         size = checkpoint_bytes(geometry.dense_params - budget.target, job.run.dtype, job.run.device)
-        size = size * (job.save + job.saves_finetuned) + run_export_bytes(geometry.dense_params, job.export, job.run)
+        size *= job.save + job.saves_finetuned
+        size += export_bytes(geometry.dense_params, job.export, job.run.dtype, job.run.device)
         require_free_space(folder, size, "what the run writes")
     return budget, importance
-
-
-def run_export_bytes(params: int, export: ExportConfig, run: RunConfig) -> int:
-    """An upper estimate of the exports' size; see `export_bytes`."""
-    if not export.formats:
-        return 0
-    return export_bytes(params, export, resolve_dtype(run.dtype, resolve_device(run.device)).itemsize)
 
 
 def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance | None = None) -> LoadedModel:
@@ -404,7 +396,7 @@ def _describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImpor
     run.describe({"base_model": job.source.path, **asdict(job.run), **asdict(job.prune)})
     if importance is not None:
         importance.save(run.dir / "layer_importance_config.json")
-    write_text(run.dir / "pruning_plan.json", plan.to_json() + "\n")
+    write_text(run.dir / PLAN_FILE, plan.to_json() + "\n")
     plot_plan(run.dir / "pruning_strategy.png", plan, None if importance is None else importance.scores)
 
 

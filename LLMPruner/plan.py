@@ -179,6 +179,12 @@ class PruningPlan:
         """Whether down_proj of layer `index` has a bias."""
         return self._output_bias(self.channel_counts[index], self.geometry.intermediate_size, self.geometry.mlp_bias)
 
+    @property
+    def adds_bias(self) -> bool:
+        """Whether some output projection has a bias that the dense model has not."""
+        attention, mlp = self.geometry.attention_bias, self.geometry.mlp_bias
+        return any(self.attention_output_bias(i) > attention or self.mlp_output_bias(i) > mlp for i in range(len(self.layers)))
+
     def _output_bias(self, kept: int, units: int, dense: bool) -> bool:
         return kept > 0 and (dense or (self.output_bias and kept < units))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from LLMPruner.checkpoint import write_json, write_text
-from LLMPruner.config import EXPORT_FORMATS, ExportConfig
+from LLMPruner.config import EXPORT_FORMATS, PROVENANCE_FILE, ExportConfig
 from LLMPruner.errors import UsageError
 
 LOG_ROOT = Path("prune_log")
@@ -53,7 +53,7 @@ def check_export_places(export: ExportConfig, folder: Path, source: Path) -> Non
 
 def _is_export(place: Path, form: str) -> bool:
     if form != "gguf":
-        return place.is_dir() and (not any(place.iterdir()) or (place / "provenance.json").is_file())
+        return place.is_dir() and (not any(place.iterdir()) or (place / PROVENANCE_FILE).is_file())
     if not place.is_file():
         return False
     with open(place, "rb") as handle:

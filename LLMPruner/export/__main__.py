@@ -31,8 +31,7 @@ def recipe(argv: Sequence[str]) -> None:
     source = find_model(args.checkpoint, "CHECKPOINT")
     check_export_places(export, folder, source.path)
     dtype = stored_dtype(source) if args.dtype == "auto" else args.dtype
-    itemsize = 4 if dtype == "float32" else 2
-    require_free_space(folder, export_bytes(source.geometry.dense_params, export, itemsize), "the export")
+    require_free_space(folder, export_bytes(source.geometry.dense_params, export, dtype, "cpu"), "the export")
     measured = measured_before(source)
 
     from LLMPruner.export.writer import check_export, write_exports

@@ -41,10 +41,7 @@ def _summary(loaded: LoadedModel, layout: PruningPlan) -> str:
             f"This export holds {padding:,} zeros beside them ({padding / plan.total_params:.1%} more, {layout.total_params:,} "
             "in all), which change no result but cost memory and time."
         )
-    if any(
-        plan.attention_output_bias(i) > plan.geometry.attention_bias or plan.mlp_output_bias(i) > plan.geometry.mlp_bias
-        for i in range(geometry.num_layers)
-    ):
+    if plan.adds_bias:
         lines.append("Output projections of pruned sublayers have a bias that the dense model has not (bias repair).")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from gguf.quants import quantize
 
 from LLMPruner.checkpoint import write_atomically
 from LLMPruner.errors import UsageError
-from LLMPruner.export.layout import filled, is_uniform, laid_out
+from LLMPruner.export.layout import filled, is_uniform, laid_out, rope_settings
 from LLMPruner.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -88,17 +88,9 @@ def write_gguf(path: Path, loaded: LoadedModel, kind: str = "auto") -> None:
 def check_gguf(config: Mapping[str, Any], tokenizer: Any) -> None:
     """Raise UsageError for a tokenizer or a rotary scaling that cannot be written. `config` is a model's config as a dict."""
     _pre_tokenizer(tokenizer)
-    kind = _rope(config)["rope_type"]
+    kind = rope_settings(config)["rope_type"]
     if kind not in ("default", "llama3", "linear"):
         raise UsageError(f"rotary scaling {kind!r} cannot be written as GGUF: choose the hf or padded export")
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings from a config of transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling)."""
-    parameters = config.get("rope_parameters")
-    if parameters is None:
-        parameters = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
-    return {"rope_type": "default", "rope_theta": 10000.0, **parameters}
 
 
 def _add_sizes(writer: GGUFWriter, loaded: LoadedModel, layout: PruningPlan, file_type: LlamaFileType) -> None:
@@ -107,7 +99,7 @@ def _add_sizes(writer: GGUFWriter, loaded: LoadedModel, layout: PruningPlan, fil
     heads = [count * geometry.q_per_kv for count in groups]
     if is_uniform(loaded.plan):
         heads, groups, channels = heads[0], groups[0], channels[0]
-    rope = _rope(config.to_dict())
+    rope = rope_settings(config.to_dict())
     writer.add_name(Path(str(loaded.provenance.get("base_model", "model"))).stem + " pruned")
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
@@ -152,7 +144,7 @@ def _interleaved(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def _rope_factors(model: Any) -> torch.Tensor | None:
     """By what Llama-3.1's scaling divides each rotary frequency, float32 `(head_dim / 2,)`; None where it has none."""
-    rope = _rope(model.config.to_dict())
+    rope = rope_settings(model.config.to_dict())
     if rope["rope_type"] != "llama3":
         return None
     scaled = model.model.rotary_emb.inv_freq.float().cpu()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from LLMPruner.checkpoint import write_folder_atomically, write_json, write_text
 from LLMPruner.export.card import model_card
-from LLMPruner.export.layout import counted, filled, is_uniform, laid_out, stock
+from LLMPruner.export.layout import counted, filled, is_uniform, laid_out, rope_settings, stock
 from LLMPruner.plan import PruningPlan, expected_shapes
 from LLMPruner.source import PLAN_FILE, PROVENANCE_FILE
 
@@ -120,15 +120,12 @@ def _base_config(loaded: LoadedModel, layout: PruningPlan) -> dict[str, Any]:
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary settings in the words of transformers 5 and of 4, which would silently fall back to theta 10000."""
-    parameters = dict(config.get("rope_parameters") or {})
-    scaling = dict(config.get("rope_scaling") or {})
-    theta = parameters.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
-    kind = parameters.get("rope_type") or scaling.get("rope_type", "default")
-    settings = {"rope_type": kind, **(parameters or scaling)}
+    settings = rope_settings(config)
+    scaling = {name: value for name, value in settings.items() if name != "rope_theta"}
     return {
-        "rope_parameters": {**settings, "rope_theta": theta},
-        "rope_theta": theta,
-        "rope_scaling": None if kind == "default" else settings,
+        "rope_parameters": settings,
+        "rope_theta": settings["rope_theta"],
+        "rope_scaling": None if settings["rope_type"] == "default" else scaling,
     }
 
 

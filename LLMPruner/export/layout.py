@@ -7,9 +7,9 @@ adds zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,11 +57,8 @@ def stock(plan: PruningPlan) -> PruningPlan:
 
 def is_uniform(plan: PruningPlan) -> bool:
     """Whether all layers have the same shape, so that the stock layout costs nothing."""
-    layers = range(plan.geometry.num_layers)
-    extra = any(plan.attention_output_bias(i) != plan.geometry.attention_bias for i in layers)
-    extra = extra or any(plan.mlp_output_bias(i) != plan.geometry.mlp_bias for i in layers)
     shapes = set(zip(plan.kv_counts, plan.channel_counts, strict=True))
-    return len(shapes) == 1 and 0 not in shapes.pop() and not extra
+    return len(shapes) == 1 and 0 not in shapes.pop() and not plan.adds_bias
 
 
 def counted(plan: PruningPlan, layout: PruningPlan) -> int:
@@ -78,6 +75,14 @@ def laid_out(loaded: LoadedModel, layout: PruningPlan) -> Iterator[tuple[str, to
     state = loaded.model.state_dict()
     for name, shape in expected_shapes(layout).items():
         yield name, _padded(state.get(name), shape, loaded.model.dtype)
+
+
+def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings from a config of transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling), as 5 words them."""
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        parameters = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    return {"rope_type": "default", "rope_theta": 10000.0, **parameters}
 
 
 def _padded(tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from LLMPruner.checkpoint import write_folder_atomically
 from LLMPruner.config import FinetuneConfig, LoraConfig
 from LLMPruner.data import load_windows
 from LLMPruner.errors import RunError
@@ -257,17 +257,11 @@ def _arguments(
 
 
 def _save_adapter(model: torch.nn.Module, folder: Path, base: Path | None) -> None:
-    """Write the adapter to a temporary sibling, then put it in place of an older one whole."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Write the adapter whole, in place of an older one."""
     if base is not None:  # peft would name the dense model that the weights came from once
         model.peft_config["default"].base_model_name_or_path = str(base.resolve())
-    try:
-        model.save_pretrained(temporary, save_embedding_layers=False)  # "auto" would ask the hub about the vocabulary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    # "auto" would ask the hub about the vocabulary
+    write_folder_atomically(folder, lambda temporary: model.save_pretrained(temporary, save_embedding_layers=False))
 
 
 def _provenance(config: FinetuneConfig, windows: int, seed: int, base: Path, command: str) -> dict[str, Any]:
