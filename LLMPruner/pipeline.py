@@ -149,9 +149,10 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     if job.dry_run:
         return loaded
     _describe(job, run, plan, importance)
+    text = _repair_text(job, run, loaded, windows)
     with run.stage(f"apply (repair {job.prune.repair})"):
         loaded.plan = plan
-        apply_plan(runner, plan, repair=job.prune.repair, windows=windows.repair)
+        apply_plan(runner, plan, repair=job.prune.repair, windows=text)
     _record(job, run, loaded)
     if job.save:  # before anything that may take long or fail
         with run.stage("save"):
@@ -221,9 +222,22 @@ def _plan(
     return build_plan(budget.geometry, kept, units, output_bias=adds_bias(job.prune))
 
 
+def _repair_text(job: PruneJob, run: Run, loaded: LoadedModel, windows: JobWindows) -> torch.Tensor | None:
+    """The repair's windows of the corpus, and those that the model, still dense, writes itself."""
+    if not job.prune.self_samples or REPAIRS[job.prune.repair] is None:
+        return windows.repair
+    from LLMPruner.self_text import mixed, write_windows
+
+    count, seq_len = job.prune.self_samples, job.prune.calibration_seq_len
+    with run.stage("write"):
+        written = write_windows(loaded.model, loaded.tokenizer, samples=count, seq_len=seq_len, seed=job.run.seed)
+    logger.info("data: %d windows of %d tokens written by the dense model", count, seq_len)
+    return mixed(windows.repair, written, seed=job.run.seed)
+
+
 def _search_key(job: PruneJob) -> dict[str, Any]:
     """What a search's result depends on: an interrupted one is continued only under the same."""
-    free = ("resume", "repair_samples", "search_minutes", "search_generations", "layer_importance_file")
+    free = ("resume", "repair_samples", "self_samples", "search_minutes", "search_generations", "layer_importance_file")
     settings = {name: value for name, value in asdict(job.prune).items() if name not in free}
     return {"model": job.source.fingerprint(), "seed": job.run.seed, "data_dir": job.run.data_dir, **settings}
 

@@ -36,11 +36,12 @@ from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import count_parameters, load_model, resolve_device, resolve_dtype, versions
 from LLMPruner.pipeline import JobWindows, PruneJob, cut_windows
 from LLMPruner.run import logger, peak_memory, read_json_file, reset_peak_memory, start_logging, stop_logging
+from LLMPruner.self_text import mixed, write_windows
 from LLMPruner.source import ModelSource, check_seq_len, find_model
 
 CORPORA = ("wikitext2", "ptb", "news")
 # `best-32` repairs on as few windows as the other rows: the same tokens for all.
-SETTINGS = {"default": {}, **PRESETS, "best-32": PRESETS["best"] | {"repair_samples": None}}
+SETTINGS = {"default": {}, **PRESETS, "best-32": PRESETS["best"] | {"repair_samples": None, "self_samples": 0}}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -122,8 +123,13 @@ class Bench:
             kept = allocate(budget, scores, config, units)
         costs.append(cost)
         plan = build_plan(self.geometry, kept, units, output_bias=adds_bias(config))
+        text = windows.repair
+        if config.self_samples:
+            written, *cost = self.once(("written", config.self_samples), lambda: self.write(config))
+            costs.append(cost)
+            text = mixed(text, written, seed=self.run.seed)
         model = copy.deepcopy(self.dense.model)
-        _, *cost = clocked(lambda: apply_plan(LayerRunner(model), plan, repair=config.repair, windows=windows.repair))
+        _, *cost = clocked(lambda: apply_plan(LayerRunner(model), plan, repair=config.repair, windows=text))
         costs.append(cost)
         if count_parameters(model) != plan.total_params:
             raise RunError(f"{name} at {ratio}: {count_parameters(model)} parameters, the plan says {plan.total_params}")
@@ -131,7 +137,7 @@ class Bench:
             "row": name,
             "ratio": ratio,
             "calibration": corpus,
-            "calibration_tokens": max(windows.calibration.numel(), windows.repair.numel()),
+            "calibration_tokens": max(windows.calibration.numel(), text.numel()),
             "removed": plan.removed_params,
             "kv_groups": plan.kv_counts,
             "channels": plan.channel_counts,
@@ -139,6 +145,11 @@ class Bench:
             "peak_memory_gb": round(max(memory for _, memory in costs), 2),
             "results": self.measure(model),
         }
+
+    def write(self, config: PruneConfig) -> torch.Tensor:
+        """The windows that the dense model writes itself."""
+        count, seq_len = config.self_samples, config.calibration_seq_len
+        return write_windows(self.dense.model, self.dense.tokenizer, samples=count, seq_len=seq_len, seed=self.run.seed)
 
     def search(
         self, runner: LayerRunner, budget: Budget, config: PruneConfig, windows: JobWindows, costs: list[list[float]]
@@ -164,8 +175,8 @@ class Bench:
 
 
 def prune_config(name: str, ratio: float, corpus: str) -> PruneConfig:
-    """The settings of a row."""
-    return PruneConfig(pruning_ratio=ratio, prune_mlp=True, calibration_dataset=corpus, **SETTINGS[name])
+    """The settings of a row. The search may take its time: another load of the machine must not give another plan."""
+    return PruneConfig(pruning_ratio=ratio, prune_mlp=True, calibration_dataset=corpus, search_minutes=60, **SETTINGS[name])
 
 
 def recipe(argv: Sequence[str]) -> None:

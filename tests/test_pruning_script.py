@@ -138,6 +138,19 @@ def test_a_preset_sets_three_choices_and_explicit_flags_win(command):
     assert (args.importance, args.pruning_strategy, args.repair) == ("flap", "global", "none")
 
 
+def test_the_model_may_write_a_part_of_its_calibration_text(command):
+    """The repair alone reads it: the plan is the same, the healed weights are not; without a repair nothing is written."""
+    for name, flags in {"corpus": [], "written": ["--self_samples=4"], "blind": ["--self_samples=4", "--repair=none"]}.items():
+        assert command("--prune_mlp", *flags, name=name) == 0
+    plans = {Path("prune_log", name, "pruning_plan.json").read_text() for name in ("corpus", "written", "blind")}
+    checkpoints = [f"prune_log/{name}/pytorch_model.bin" for name in ("corpus", "written")]
+    models = [load_model(find_model(path, "--base_model")).model for path in checkpoints]
+    assert len(plans) == 1
+    assert not all(map(torch.equal, models[0].state_dict().values(), models[1].state_dict().values()))
+    logs = {name: next(Path("prune_log", name).glob("*/training.log")).read_text() for name in ("written", "blind")}
+    assert "stage write" in logs["written"] and "stage write" not in logs["blind"]
+
+
 def test_a_bias_that_the_repair_added_survives_the_checkpoint(command):
     assert command("--preset=flap", "--prune_mlp", "--pruning_ratio=0.4") == 0
     source = find_model("prune_log/exp/pytorch_model.bin", "--base_model")
@@ -255,6 +268,7 @@ def test_what_was_measured_survives_a_training_that_fails(command):
         (["--finetune", "--finetune_batch_size=0"], "--finetune_batch_size"),
         (["--lora_r=0", "--finetune"], "--lora_r"),
         (["--round_to=0"], "--round_to"),
+        (["--self_samples=-1"], "--self_samples"),
         (["--max_pruning_rate=0.1", "--min_pruning_rate=0.5"], "--min_pruning_rate"),
         (["--freeze_top_n_layers=4"], "--freeze_top_n_layers"),
         (["--importance=magic"], "--importance"),

@@ -73,7 +73,7 @@ def _pass(
     columns = kind.columns(kept, plan.geometry).to(rows.device)
     bias = 0 if projection.bias is None else projection.bias
     targets = torch.cat([streams.dense - dense_before - bias, streams.dense - before - bias], -1).flatten(0, 1)
-    evidence = Evidence(projection.weight.detach(), columns, *_split(rows, targets, before.shape[:2]))
+    evidence = Evidence(projection.weight.detach(), columns, *_split(rows, targets, columns, before.shape[:2]))
     healed = method.heal(evidence)
     answer = rows[:, columns] @ healed.weight.T + bias
     if healed.bias is not None:
@@ -82,7 +82,7 @@ def _pass(
     return healed
 
 
-def _split(rows: torch.Tensor, targets: torch.Tensor, shape: torch.Size) -> tuple[Moments, Moments]:
+def _split(rows: torch.Tensor, targets: torch.Tensor, columns: torch.Tensor, shape: torch.Size) -> tuple[Moments, Moments]:
     """The moments of the windows to fit on and of the held-out ones; `shape` is `(n, seq_len)`."""
     held = torch.zeros(shape, dtype=torch.bool, device=rows.device)
     held[HELD_OUT - 1 :: HELD_OUT] = True
@@ -90,7 +90,7 @@ def _split(rows: torch.Tensor, targets: torch.Tensor, shape: torch.Size) -> tupl
         held[:, -max(1, shape[1] // HELD_OUT) :] = True
     moments = []
     for part in (~held.flatten(), held.flatten()):
-        moments.append(Moments())
+        moments.append(Moments(kept=columns))
         moments[-1].add(rows[part], targets=targets[part])
     return moments[0], moments[1]
 

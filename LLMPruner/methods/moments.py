@@ -11,11 +11,12 @@ if TYPE_CHECKING:  # the command line reads the registries that use this and mus
 class Moments:
     """First and second moments of inputs `x` `(columns,)`, gathered batch by batch in float32 whatever the model's dtype.
 
-    With `gram` the whole second moment E[x x'] is kept, else its diagonal alone; with `targets` y, E[y x'] as well.
+    With `gram` the whole second moment E[x x'] is gathered, else its diagonal alone; with `targets` y, E[y x'] as well. With
+    `kept`, column indices S `(k,)`, both hold these columns only, E[x x_S'] and E[y x_S']: all that solving for them needs.
     """
 
-    def __init__(self, *, gram: bool = True) -> None:
-        self._full = gram
+    def __init__(self, *, gram: bool = True, kept: torch.Tensor | None = None) -> None:
+        self._full, self._kept = gram, kept
         self._first: torch.Tensor | None = None
         self._second: torch.Tensor | None = None
         self._cross: torch.Tensor | None = None
@@ -25,14 +26,15 @@ class Moments:
         """Add a batch: inputs `(tokens, columns)`, targets `(tokens, outputs)`."""
         rows = inputs.float()
         self._first = _plus(self._first, rows.sum(0))
-        self._second = _plus(self._second, rows.T @ rows if self._full else rows.square().sum(0))
+        chosen = rows if self._kept is None else rows[:, self._kept]
+        self._second = _plus(self._second, rows.T @ chosen if self._full else rows.square().sum(0))
         if targets is not None:
-            self._cross = _plus(self._cross, targets.float().T @ rows)
+            self._cross = _plus(self._cross, targets.float().T @ chosen)
         self.count += rows.shape[0]
 
     def __add__(self, other: Moments) -> Moments:
         """The moments of both inputs together."""
-        total = Moments(gram=self._full)
+        total = Moments(gram=self._full, kept=self._kept)
         total.count = self.count + other.count
         for name in ("_first", "_second", "_cross"):
             mine, its = getattr(self, name), getattr(other, name)
@@ -46,17 +48,19 @@ class Moments:
 
     @property
     def gram(self) -> torch.Tensor:
-        """E[x x'], float32 `(columns, columns)`."""
+        """E[x x'], float32 `(columns, columns)`, or E[x x_S'] `(columns, k)`."""
         return self._mean(self._second)
 
     @property
     def cross(self) -> torch.Tensor:
-        """E[y x'], float32 `(outputs, columns)`. Raises ValueError when no targets were added."""
+        """E[y x'], float32 `(outputs, columns)`, or E[y x_S'] `(outputs, k)`. Raises ValueError when no targets were added."""
         return self._mean(self._cross)
 
     @property
     def mean_square(self) -> torch.Tensor:
-        """E[x^2], float32 `(columns,)`."""
+        """E[x^2], float32 `(columns,)`. Raises ValueError where only some columns were asked for."""
+        if self._full and self._kept is not None:
+            raise ValueError("mean squares of all columns were not gathered")
         return self._mean(self._second.diagonal() if self._full and self._second is not None else self._second)
 
     @property

@@ -22,9 +22,9 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # strengths that held-out windows choose f
 class Evidence:
     """What calibration tells a repair about one sublayer of the pruned model.
 
-    `fit` and `held_out` are moments of the inputs to the output projection, all dense columns, over disjoint windows. Their
-    targets are, side by side, the dense sublayer's output on the dense stream and what would also undo the drift of the
-    residual stream: `(2 * hidden,)`.
+    `fit` and `held_out` are moments of the inputs to the output projection, all dense columns against the kept ones, over
+    disjoint windows. Their targets are, side by side, the dense sublayer's output on the dense stream and what would also
+    undo the drift of the residual stream: `(2 * hidden,)`.
     """
 
     weight: torch.Tensor  # (hidden, columns), dense
@@ -52,9 +52,9 @@ def least_squares(evidence: Evidence) -> Healed:
     """
     weight, kept = evidence.weight.float(), evidence.kept.to(evidence.weight.device)
     original, hidden = weight[:, kept], weight.shape[0]
-    gram = evidence.held_out.gram[kept][:, kept]
-    drift = evidence.held_out.cross[hidden:, kept]
-    best = (_distance(original, gram, drift), "none", 0.0, 0.0)
+    gram, drift = evidence.held_out.gram[kept], evidence.held_out.cross[hidden:]
+    unhealed = _distance(original, gram, drift)
+    best = (unhealed, "none", 0.0, 0.0)
     targets, system = _equations(weight, evidence.fit, kept)
     for ridge in RIDGES:  # candidates in float32, which is twice as fast; what is chosen is solved in float64
         own, *others = _solve(targets, system, original, ridge)
@@ -67,11 +67,12 @@ def least_squares(evidence: Evidence) -> Healed:
             distance = base + 2 * share * slope + share**2 * curvature
             best = min(best, (distance, name if share else "own", share, ridge))
     _, name, share, ridge = best
-    if name == "none":
+    if name != "none":
+        targets, system = _equations(weight.double(), evidence.fit + evidence.held_out, kept)
+        own, dense, undrifted = _solve(targets, system, original.double(), ridge)
+        healed = own + share * ((undrifted if name == "drift" else dense) - own)
+    if name == "none" or _distance(healed.float(), gram, drift) > unhealed:  # all windows together can be worse on few tokens
         return Healed(original.to(evidence.weight.dtype), choice="none")
-    targets, system = _equations(weight.double(), evidence.fit + evidence.held_out, kept)
-    own, dense, undrifted = _solve(targets, system, original.double(), ridge)
-    healed = own + share * ((undrifted if name == "drift" else dense) - own)
     return Healed(healed.to(evidence.weight.dtype), choice=f"{name} {share:.2f} ridge {ridge:g}")
 
 
@@ -112,8 +113,8 @@ def solve_own(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, *, r
 
 def _equations(weight: torch.Tensor, moments: Moments, kept: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The targets E[y x_S'] of the own function and of the two of `Evidence`, and H_SS, in the dtype of `weight`."""
-    gram, cross = moments.gram.to(weight.dtype), moments.cross.to(weight.dtype)[:, kept]
-    return [weight @ gram[:, kept], *cross.split(weight.shape[0])], gram[kept][:, kept]
+    gram, cross = moments.gram.to(weight.dtype), moments.cross.to(weight.dtype)
+    return [weight @ gram, *cross.split(weight.shape[0])], gram[kept]
 
 
 def _solve(targets: list[torch.Tensor], system: torch.Tensor, original: torch.Tensor, ridge: float) -> list[torch.Tensor]:

@@ -36,6 +36,16 @@ def test_without_a_gram_matrix_the_rest_is_the_same():
     torch.testing.assert_close(small.variance, whole.variance)
 
 
+def test_kept_columns_are_those_of_the_whole():
+    kept = torch.tensor([0, 3, 8])
+    part, whole = gathered(7, kept=kept) + gathered(40, kept=kept), gathered()
+    torch.testing.assert_close(part.gram, whole.gram[:, kept])
+    torch.testing.assert_close(part.cross, whole.cross[:, kept])
+    torch.testing.assert_close(part.mean, whole.mean)
+    with pytest.raises(ValueError, match="not gathered"):
+        _ = part.mean_square
+
+
 def test_the_sum_of_two_is_what_both_inputs_together_give_and_leaves_them_as_they_were():
     first, second = Moments(), Moments()
     first.add(ROWS[:10], targets=TARGETS[:10])

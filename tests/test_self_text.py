@@ -1,0 +1,55 @@
+"""Text that the dense model writes itself: whole windows, the same for a seed, in the model's own words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import VOCAB, random_windows
+
+from LLMPruner.evaluator.ppl import perplexity
+from LLMPruner.model import load_model
+from LLMPruner.self_text import mixed, write_windows
+from LLMPruner.source import find_model
+
+
+@pytest.fixture(scope="module")
+def trained(trained_dir):
+    return load_model(find_model(str(trained_dir), "--base_model"))
+
+
+def write(trained, **changes):
+    return write_windows(trained.model, trained.tokenizer, **{"samples": 6, "seq_len": 24, "seed": 1} | changes)
+
+
+def test_windows_are_whole_and_within_the_vocabulary(trained):
+    written = write(trained)
+    assert written.shape == (6, 24) and written.dtype == torch.int64
+    assert written.min() >= 0 and written.max() < len(trained.tokenizer)
+
+
+def test_a_seed_writes_the_same_text_and_another_seed_another(trained):
+    assert torch.equal(write(trained), write(trained))
+    assert not torch.equal(write(trained), write(trained, seed=2))
+
+
+def test_the_random_state_of_the_process_stays(trained):
+    before = torch.random.get_rng_state()
+    write(trained)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_more_windows_than_one_batch(trained, monkeypatch):
+    monkeypatch.setattr("LLMPruner.self_text.BATCH", 4)
+    assert write(trained).shape == (6, 24)
+
+
+def test_the_text_is_the_models_own(trained):
+    own, foreign = (perplexity(trained.model, windows) for windows in (write(trained), random_windows(6, 24)))
+    assert own < VOCAB / 3 < foreign
+
+
+def test_mixed_holds_all_windows_in_another_order():
+    windows, written = random_windows(8, 4, seed=1), random_windows(4, 4, seed=2)
+    both = mixed(windows, written, seed=0)
+    assert sorted(both.tolist()) == sorted([*windows.tolist(), *written.tolist()])
+    assert not torch.equal(both[:8], windows)
