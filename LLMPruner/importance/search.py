@@ -1,8 +1,8 @@
 """How much per layer, by measurement: the levels of all sublayers that give the least KL from the dense model.
 
-First every sublayer is shrunk alone to a dozen levels, healed, and the KL from the dense model measured on half of the
+First every sublayer is shrunk alone to a dozen levels, healed, and the KL from the dense model measured on an eighth of the
 held-out windows; dynamic programming over parameters turns these costs into a start. Then levels are shifted between
-sublayers and the KL of the whole pruned model decides (ZipLM, Kurtic et al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li
+sublayers and the KL of the whole pruned model on all of them decides: fewer would be fitted, not served (ZipLM, Kurtic et al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li
 et al. 2025).
 KL and not perplexity is the fitness: perplexity would overfit its corpus.
 """
@@ -38,7 +38,7 @@ logger = logging.getLogger("LLMPruner")
 
 COST_LEVELS = 12  # levels of a sublayer whose cost is measured; between them it is interpolated
 OFFSPRING = 12  # mutants a generation
-SURVIVORS = 3  # of them measured on all windows; the others die on the first half
+SURVIVORS = 3  # of them measured on all windows; the others die on some of them
 CELLS = 4096  # resolution of the budget in dynamic programming
 STALE = 15  # generations without an improvement that end the search
 
@@ -145,7 +145,8 @@ class Fitness:
 
     def __init__(self, database: Database, windows: torch.Tensor) -> None:
         self.database, self.runner, self.windows = database, database.runner, windows
-        self.half = max(1, len(windows) // 2)  # windows that costs and the first look at a mutant are measured on
+        self.few = max(1, len(windows) // 8)  # windows that costs are measured on
+        self.some = max(1, len(windows) // 4)  # for the first look at a mutant
         self.levels = [0] * len(database.budget.sublayers)
         self._hidden = self._prefixes()
         self._dense = self.runner.log_probs(self._hidden[-1])
@@ -253,7 +254,7 @@ def sublayer_costs(fitness: Fitness, which: int, limits: tuple[int, int]) -> lis
     for level in sorted({round(last * step / COST_LEVELS) for step in range(1, COST_LEVELS + 1)} - {0}):
         levels = [0] * len(sublayers)
         levels[which] = level
-        known[level] = max(fitness.measure(levels, fitness.half), *known.values())  # what removes more counts as no better
+        known[level] = max(fitness.measure(levels, fitness.few), *known.values())  # what removes more counts as no better
     points, costs = sorted(known), []
     for level in range(len(sublayers[which].levels)):
         below = max(point for point in points if point <= level)
@@ -298,7 +299,7 @@ def _evolve(
             mutants.append(mutant)
         if len(mutants) == OFFSPRING:
             break
-    mutants.sort(key=lambda levels: fitness.measure(levels, fitness.half))
+    mutants.sort(key=lambda levels: fitness.measure(levels, fitness.some))
     best = min(((fitness.measure(levels), levels) for levels in mutants[:SURVIVORS]), default=None)
     state.generation += 1
     state.stale += 1

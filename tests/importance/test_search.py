@@ -109,8 +109,8 @@ def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_rep
     kept = {(1, "mlp"): budget.sublayers[which].levels[-1]}
     apply_plan(LayerRunner(pruned), build_plan(budget.geometry, kept, scores))
     with torch.no_grad():
-        half = HELD_OUT[: len(HELD_OUT) // 2]  # costs look at the first half
-        dense, other = (m(half).logits.log_softmax(-1) for m in (model, pruned))
+        few = HELD_OUT[:1]  # costs look at the first eighth, here one window
+        dense, other = (m(few).logits.log_softmax(-1) for m in (model, pruned))
     expected = (dense.exp() * (dense - other)).sum(-1).mean()
     assert costs[-1] == pytest.approx(expected.item(), rel=1e-3)
 
