@@ -23,6 +23,7 @@ ORDER = (
     "source",
     "model",
     "forward",
+    "self_text",
     "methods",
     "importance",
     "evaluator",
