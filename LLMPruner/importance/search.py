@@ -2,8 +2,8 @@
 
 First every sublayer is shrunk alone to a dozen levels, healed, and the KL from the dense model measured on an eighth of the
 held-out windows; dynamic programming over parameters turns these costs into a start. Then levels are shifted between
-sublayers and the KL of the whole pruned model on all of them decides: fewer would be fitted, not served (ZipLM, Kurtic et al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li
-et al. 2025).
+sublayers and the KL of the whole pruned model on all of them decides: on fewer, the shifts fit these few (ZipLM, Kurtic et
+al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li et al. 2025).
 KL and not perplexity is the fitness: perplexity would overfit its corpus.
 """
 
