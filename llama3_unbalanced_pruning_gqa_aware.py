@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from LLMPruner import cli
 from LLMPruner.config import PRESETS, PruneConfig
 from LLMPruner.errors import UsageError
-from LLMPruner.pipeline import PruneJob, preflight, prune
+from LLMPruner.job import PruneJob, preflight
+from LLMPruner.pipeline import prune
 from LLMPruner.run import Run, check_experiment
 from LLMPruner.source import find_model
 

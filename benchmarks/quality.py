@@ -32,9 +32,9 @@ from LLMPruner.importance.allocation import Budget, adds_bias, allocate, build_p
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
 from LLMPruner.importance.search import Database, Fitness, SearchState, improve, measure_costs
+from LLMPruner.job import JobWindows, PruneJob, cut_windows
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import count_parameters, load_model, resolve_device, resolve_dtype, versions
-from LLMPruner.pipeline import JobWindows, PruneJob, cut_windows
 from LLMPruner.run import logger, peak_memory, read_json_file, reset_peak_memory, start_logging, stop_logging
 from LLMPruner.self_text import mixed, write_windows
 from LLMPruner.source import ModelSource, check_seq_len, find_model

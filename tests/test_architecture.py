@@ -29,10 +29,11 @@ ORDER = (
     "evaluator",
     "trainer",
     "export",
+    "job",
     "pipeline",
     "cli",
 )
-LIGHT = ("__init__", "errors", "plan", "checkpoint", "config", "run", "data", "source", "model", "cli", "pipeline")
+LIGHT = ("__init__", "errors", "plan", "checkpoint", "config", "run", "data", "source", "model", "cli", "job", "pipeline")
 LIGHT += ("importance/allocation", "importance/criteria", "importance/layer_analyzer", "importance/search", "methods/gqa_aware")
 LIGHT += ("methods/mlp", "methods/moments", "methods/obs", "methods/repair", "methods/sublayers")
 HEAVY = {"torch", "transformers", "datasets", "peft", "safetensors", "matplotlib"}
