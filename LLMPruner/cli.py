@@ -165,7 +165,7 @@ def add_prune_flags(parser: argparse.ArgumentParser) -> None:
     add(units, "repair", "how what is left is healed", choices=REPAIRS)
     add(units, "channel_importance_samples", "calibration windows for unit scores", type=int)
     add(units, "repair_samples", "calibration windows for the repair; default: as for the unit scores", type=int)
-    add(units, "self_samples", "windows that the dense model writes itself, added to those of the repair", type=int)
+    add(units, "self_samples", "windows that the dense model writes itself, added to those of the repair, if any", type=int)
     add(units, "calibration_seq_len", "tokens of a calibration window", type=int)
     add(units, "calibration_dataset", "corpus to calibrate on (its train split), or a local text file", type=str)
 

@@ -60,6 +60,11 @@ class PruneJob:
         )
 
     @property
+    def writes(self) -> bool:
+        """Whether the dense model writes calibration text itself."""
+        return self.prune.self_samples > 0 and REPAIRS[self.prune.repair] is not None
+
+    @property
     def saves_finetuned(self) -> bool:
         """Whether a second checkpoint is written."""
         return self.save and self.finetune is not None

@@ -14,7 +14,6 @@ from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
 from LLMPruner.importance.search import SearchState
 from LLMPruner.job import SEARCH_FILE, JobWindows, PruneJob, cut_windows, search_key
-from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model import load_model, load_tokenizer, save_model, versions
 from LLMPruner.plan import PruningPlan
 from LLMPruner.source import ModelSource, check_token_ids
@@ -137,7 +136,7 @@ def _plan(
 
 def _repair_text(job: PruneJob, run: Run, loaded: LoadedModel, windows: JobWindows) -> torch.Tensor | None:
     """The repair's windows of the corpus, and those that the model, still dense, writes itself."""
-    if not job.prune.self_samples or REPAIRS[job.prune.repair] is None:
+    if not job.writes:
         return windows.repair
     from LLMPruner.self_text import mixed, write_windows
 
@@ -236,12 +235,13 @@ def _describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImpor
 
 def _record(job: PruneJob, run: Run, loaded: LoadedModel) -> None:
     """Put the provenance beside the weights."""
+    written = {"written": f"and {job.prune.self_samples} windows that the dense model wrote"} if job.writes else {}
     loaded.provenance |= {
         "command": run.command,
         "seed": job.run.seed,
         "versions": versions(),
         "parameters": loaded.plan.total_params,
-        "calibration": {"corpus": job.prune.calibration_dataset, "split": "train"},
+        "calibration": {"corpus": job.prune.calibration_dataset, "split": "train"} | written,
         "settings": asdict(job.prune),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import VOCAB, random_windows
+from transformers import GenerationConfig
 
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.model import load_model
@@ -32,6 +33,25 @@ def test_a_seed_writes_the_same_text_and_another_seed_another(trained):
     assert not torch.equal(write(trained), write(trained, seed=2))
 
 
+@pytest.mark.parametrize(
+    "theirs",
+    [{"max_new_tokens": 5}, {"do_sample": True, "temperature": 0.05, "top_p": 0.1}, {"return_dict_in_generate": True}],
+    ids=str,
+)
+def test_the_models_generation_config_is_not_read_and_stays(trained, monkeypatch, theirs):
+    expected, config = write(trained), GenerationConfig(**theirs)
+    monkeypatch.setattr(trained.model, "generation_config", config)
+    assert torch.equal(write(trained), expected)
+    assert trained.model.generation_config is config
+
+
+@pytest.mark.parametrize("known", [10, 10**6])
+def test_the_first_token_is_one_that_both_the_tokenizer_and_the_model_know(trained, known):
+    written = write_windows(trained.model, range(known), samples=40, seq_len=2, seed=0)
+    assert written[:, 0].max() < min(known, VOCAB)
+    assert len(written[:, 0].unique()) > 5
+
+
 def test_the_random_state_of_the_process_stays(trained):
     before = torch.random.get_rng_state()
     write(trained)
@@ -39,7 +59,7 @@ def test_the_random_state_of_the_process_stays(trained):
 
 
 def test_more_windows_than_one_batch(trained, monkeypatch):
-    monkeypatch.setattr("LLMPruner.self_text.BATCH", 4)
+    monkeypatch.setattr("LLMPruner.self_text.BATCH_TOKENS", 4 * 24)
     assert write(trained).shape == (6, 24)
 
 

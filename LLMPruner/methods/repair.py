@@ -71,7 +71,8 @@ def least_squares(evidence: Evidence) -> Healed:
         targets, system = _equations(weight.double(), evidence.fit + evidence.held_out, kept)
         own, dense, undrifted = _solve(targets, system, original.double(), ridge)
         healed = own + share * ((undrifted if name == "drift" else dense) - own)
-    if name == "none" or _distance(healed.float(), gram, drift) > unhealed:  # all windows together can be worse on few tokens
+    # On few tokens the solution on all windows can be worse on the held-out ones; NaN is no better either.
+    if name == "none" or not _distance(healed.float(), gram, drift) <= unhealed:
         return Healed(original.to(evidence.weight.dtype), choice="none")
     return Healed(healed.to(evidence.weight.dtype), choice=f"{name} {share:.2f} ridge {ridge:g}")
 
