@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaForCausalLM
 
 BATCH_TOKENS = 32768  # written together: their cache takes 4 GB with Llama-3-8B in bfloat16
 
@@ -41,22 +41,20 @@ def write_windows(model: LlamaForCausalLM, tokenizer: Any, *, samples: int, seq_
     vocabulary = min(len(tokenizer), model.config.vocab_size)  # either may be padded
     device = model.get_input_embeddings().weight.device
     written, batch = [], max(1, BATCH_TOKENS // seq_len)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _own_settings(model):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _generating_by(settings, model):
         torch.manual_seed(seed)
         for start in range(0, samples, batch):
             first = torch.randint(vocabulary, (min(batch, samples - start), 1)).to(device)
-            text = model.generate(first, attention_mask=torch.ones_like(first), generation_config=settings)
+            text = model.generate(first, attention_mask=torch.ones_like(first))
             written.append(text.cpu())
     return torch.cat(written)
 
 
 @contextmanager
-def _own_settings(model: LlamaForCausalLM) -> Iterator[None]:
-    """The model without its generation config, from which `generate` takes what the given one leaves open."""
-    from transformers import GenerationConfig
-
+def _generating_by(settings: GenerationConfig, model: LlamaForCausalLM) -> Iterator[None]:
+    """The model with `settings` in place of its own: passed to `generate`, they would be filled up from its own."""
     theirs = model.generation_config
-    model.generation_config = GenerationConfig()
+    model.generation_config = settings
     try:
         yield
     finally:

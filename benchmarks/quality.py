@@ -107,7 +107,8 @@ class Bench:
         """One method at one ratio, calibrated on one corpus."""
         config = prune_config(name, ratio, corpus)
         budget, runner = make_budget(self.geometry, config), LayerRunner(self.dense.model)
-        windows = cut_windows(PruneJob(self.source, config, self.run), self.dense.tokenizer)
+        job = PruneJob(self.source, config, self.run)
+        windows = cut_windows(job, self.dense.tokenizer)
         costs, scores = [], None
         if windows.layers is not None:
             method = LAYER_METHODS[config.layer_importance_method]
@@ -124,8 +125,12 @@ class Bench:
         costs.append(cost)
         plan = build_plan(self.geometry, kept, units, output_bias=adds_bias(config))
         text = windows.repair
-        if config.self_samples:
-            written, *cost = self.once(("written", config.self_samples), lambda: self.write(config))
+        if job.writes:
+            count, seq_len = config.self_samples, config.calibration_seq_len
+            write = lambda: write_windows(  # noqa: E731
+                self.dense.model, self.dense.tokenizer, samples=count, seq_len=seq_len, seed=self.run.seed
+            )
+            written, *cost = self.once(("written", count, seq_len), write)
             costs.append(cost)
             text = mixed(text, written, seed=self.run.seed)
         model = copy.deepcopy(self.dense.model)
@@ -145,11 +150,6 @@ class Bench:
             "peak_memory_gb": round(max(memory for _, memory in costs), 2),
             "results": self.measure(model),
         }
-
-    def write(self, config: PruneConfig) -> torch.Tensor:
-        """The windows that the dense model writes itself."""
-        count, seq_len = config.self_samples, config.calibration_seq_len
-        return write_windows(self.dense.model, self.dense.tokenizer, samples=count, seq_len=seq_len, seed=self.run.seed)
 
     def search(
         self, runner: LayerRunner, budget: Budget, config: PruneConfig, windows: JobWindows, costs: list[list[float]]

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from LLMPruner.checkpoint import write_folder_atomically, write_json, write_text
+from LLMPruner.config import PLAN_FILE, PROVENANCE_FILE
 from LLMPruner.export.card import model_card
 from LLMPruner.export.layout import counted, filled, is_uniform, laid_out, rope_settings, stock
 from LLMPruner.plan import PruningPlan, expected_shapes
-from LLMPruner.source import PLAN_FILE, PROVENANCE_FILE
 
 if TYPE_CHECKING:
     import torch

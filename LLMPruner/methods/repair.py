@@ -67,14 +67,16 @@ def least_squares(evidence: Evidence) -> Healed:
             distance = base + 2 * share * slope + share**2 * curvature
             best = min(best, (distance, name if share else "own", share, ridge))
     _, name, share, ridge = best
-    if name != "none":
-        targets, system = _equations(weight.double(), evidence.fit + evidence.held_out, kept)
-        own, dense, undrifted = _solve(targets, system, original.double(), ridge)
-        healed = own + share * ((undrifted if name == "drift" else dense) - own)
+    unrepaired = Healed(original.to(evidence.weight.dtype), choice="none")
+    if name == "none":
+        return unrepaired
+    targets, system = _equations(weight.double(), evidence.fit + evidence.held_out, kept)
+    own, dense, undrifted = _solve(targets, system, original.double(), ridge)
+    healed = own + share * ((undrifted if name == "drift" else dense) - own)
     # On few tokens the solution on all windows can be worse on the held-out ones; NaN is no better either.
-    if name == "none" or not _distance(healed.float(), gram, drift) <= unhealed:
-        return Healed(original.to(evidence.weight.dtype), choice="none")
-    return Healed(healed.to(evidence.weight.dtype), choice=f"{name} {share:.2f} ridge {ridge:g}")
+    if _distance(healed.float(), gram, drift) <= unhealed:
+        return Healed(healed.to(evidence.weight.dtype), choice=f"{name} {share:.2f} ridge {ridge:g}")
+    return unrepaired
 
 
 def _distance(weight: torch.Tensor, gram: torch.Tensor, drift: torch.Tensor) -> float:
