@@ -14,8 +14,9 @@ from LLMPruner.checkpoint import require_free_space
 from LLMPruner.config import EvalConfig, ExportConfig, FinetuneConfig, RunConfig
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import UsageError
+from LLMPruner.job import check_exports
 from LLMPruner.model import checkpoint_bytes, export_bytes
-from LLMPruner.pipeline import check_exports, export_model
+from LLMPruner.pipeline import export_model
 from LLMPruner.run import Run, check_experiment, check_export_places, logger
 from LLMPruner.source import ModelSource, check_seq_len, check_token_ids, find_model
 

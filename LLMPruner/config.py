@@ -185,7 +185,7 @@ class PruneConfig:
     calibration_dataset: str = "wikitext2"
     allow_sublayer_removal: bool = False  # a sublayer may lose its last unit
     search_generations: int = 15
-    search_tokens: int = 4096  # held-out tokens to measure KL on; costs on an eighth, at least one window
+    search_tokens: int = 4096  # held-out tokens to measure KL on; costs on a quarter, at least one window
     search_minutes: float = 10.0
     resume: bool = False  # continue the experiment's interrupted search
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 BATCH_TOKENS = 4096  # tokens that go through a layer together
-LOGIT_ELEMENTS = 1 << 26  # float32 logits alive at once (256 MB), whatever the vocabulary
+# float32 logits alive at once, whatever the vocabulary: 256 MB, but 16 MB on CPUs, where larger blocks are mapped and
+# cleared anew for every chunk (twice the time)
+LOGIT_ELEMENTS, LOGIT_ELEMENTS_CPU = 1 << 26, 1 << 22
 
 Observer = Callable[[torch.Tensor], None]
 
@@ -98,17 +100,15 @@ class LayerRunner:
         return torch.cat(totals)
 
     @torch.no_grad()
-    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Next-token log-probabilities `(n, seq_len, vocab)`, float32, from the last hidden states: for few tokens only."""
-        return self.model.lm_head(self.model.model.norm(hidden)).float().log_softmax(-1)
-
-    @torch.no_grad()
     def divergence(self, hidden: torch.Tensor, reference: torch.Tensor) -> float:
-        """Mean KL(reference || model), nats a token, from the last hidden states and the log-probabilities of a reference."""
+        """Mean KL(reference || model), nats a token, from the last hidden states of both.
+
+        Both go through this model's head, which no pruning changes; log-probabilities of a few tokens are alive at a time.
+        """
         total = 0.0
         for rows, wanted in self._chunks(hidden.flatten(0, 1), reference.flatten(0, 1)):
-            ours = self.log_probs(rows)
-            total += functional.kl_div(ours, wanted, reduction="sum", log_target=True).double().item()
+            ours, theirs = self._log_probs(rows), self._log_probs(wanted)
+            total += functional.kl_div(ours, theirs, reduction="sum", log_target=True).double().item()
         return total / (hidden.shape[0] * hidden.shape[1])
 
     def gate_gradients(self, windows: torch.Tensor, visit: Callable[[int, torch.Tensor, torch.Tensor], None]) -> None:
@@ -151,8 +151,13 @@ class LayerRunner:
     def _nll(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(self.model.lm_head(rows).float(), targets, reduction="none")
 
+    def _log_probs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Next-token log-probabilities, float32, from the last hidden states."""
+        return self.model.lm_head(self.model.model.norm(rows)).float().log_softmax(-1)
+
     def _chunks(self, rows: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        size = max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)
+        elements = LOGIT_ELEMENTS_CPU if self.device.type == "cpu" else LOGIT_ELEMENTS
+        size = max(1, elements // self.model.config.vocab_size)
         return zip(rows.split(size), targets.split(size), strict=True)
 
     def _map(

@@ -97,6 +97,14 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
     return budget, importance
 
 
+def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig) -> None:
+    """Raise UsageError where a wanted export could not be written, before any weight is read."""
+    if export.formats:
+        from LLMPruner.export.writer import check_export
+
+        check_export(source, tokenizer, export)
+
+
 def search_key(job: PruneJob) -> dict[str, Any]:
     """What a search's result depends on: an interrupted one is continued only under the same."""
     free = ("resume", "repair_samples", "self_samples", "search_minutes", "search_generations", "layer_importance_file")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from LLMPruner.checkpoint import write_text
 from LLMPruner.config import PLAN_FILE, ExportConfig, PruneConfig
@@ -13,10 +13,10 @@ from LLMPruner.importance.allocation import Budget, adds_bias, allocate, build_p
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
 from LLMPruner.importance.search import SearchState
-from LLMPruner.job import SEARCH_FILE, JobWindows, PruneJob, cut_windows, search_key
+from LLMPruner.job import SEARCH_FILE, JobWindows, PruneJob, check_exports, cut_windows, search_key
 from LLMPruner.model import load_model, load_tokenizer, save_model, versions
 from LLMPruner.plan import PruningPlan
-from LLMPruner.source import ModelSource, check_token_ids
+from LLMPruner.source import check_token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -83,14 +83,6 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     return loaded
 
 
-def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig) -> None:
-    """Raise UsageError where a wanted export could not be written, before any weight is read."""
-    if export.formats:
-        from LLMPruner.export.writer import check_export
-
-        check_export(source, tokenizer, export)
-
-
 def export_model(run: Run, loaded: LoadedModel, export: ExportConfig, metrics: str = "metrics.json") -> None:
     """Write the model's exports into the run's folder, with the PPL that the run measured on their cards."""
     if not export.formats:
@@ -143,7 +135,6 @@ def _repair_text(job: PruneJob, run: Run, loaded: LoadedModel, windows: JobWindo
     count, seq_len = job.prune.self_samples, job.prune.calibration_seq_len
     with run.stage("write"):
         written = write_windows(loaded.model, loaded.tokenizer, samples=count, seq_len=seq_len, seed=job.run.seed)
-    logger.info("data: %d windows of %d tokens written by the dense model", count, seq_len)
     return mixed(windows.repair, written, seed=job.run.seed)
 
 

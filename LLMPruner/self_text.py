@@ -6,14 +6,16 @@ et al. 2023; self-calibration, Williams et al. 2024).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+logger = logging.getLogger("LLMPruner")
 
 BATCH_TOKENS = 32768  # written together: their cache takes 4 GB with Llama-3-8B in bfloat16
 
@@ -22,43 +24,35 @@ BATCH_TOKENS = 32768  # written together: their cache takes 4 GB with Llama-3-8B
 def write_windows(model: LlamaForCausalLM, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
     """`samples` windows of `seq_len` tokens, int64 `(samples, seq_len)`, sampled from `model` at temperature 1.
 
-    Every window begins with a random token that the tokenizer knows, and is full: no end of text is sampled. The random
-    state of the process stays as it was; the same seed writes the same windows on the same machine.
+    Every window begins with a random token that the tokenizer knows and is full: after an end of text the model goes on as
+    in its training. The same seed writes the same windows on the same machine.
     """
-    from transformers import GenerationConfig
-
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_length=seq_len,
-        min_length=seq_len,  # an end of text would leave the window short
-        pad_token_id=0,
-        use_cache=True,
-    )
-    vocabulary = min(len(tokenizer), model.config.vocab_size)  # either may be padded
     device = model.get_input_embeddings().weight.device
-    written, batch = [], max(1, BATCH_TOKENS // seq_len)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _generating_by(settings, model):
-        torch.manual_seed(seed)
-        for start in range(0, samples, batch):
-            first = torch.randint(vocabulary, (min(batch, samples - start), 1)).to(device)
-            text = model.generate(first, attention_mask=torch.ones_like(first))
-            written.append(text.cpu())
-    return torch.cat(written)
+    generator = torch.Generator(device).manual_seed(seed)
+    vocabulary = min(len(tokenizer), model.config.vocab_size)  # either may be padded
+    special = set(tokenizer.all_special_ids)  # markers of chats and of padding begin no text
+    known = torch.tensor([token for token in range(vocabulary) if token not in special], device=device)
+    first = known[torch.randint(len(known), (samples, 1), generator=generator, device=device)]
+    size = max(1, BATCH_TOKENS // seq_len)
+    with tqdm(total=samples * seq_len, desc="write", unit="token", disable=None, leave=False) as progress:
+        written = [_continued(model, part, seq_len, vocabulary, generator, progress) for part in first.split(size)]
+    logger.info("data: the dense model wrote %d windows of %d tokens", samples, seq_len)
+    return torch.cat(written).cpu()
 
 
-@contextmanager
-def _generating_by(settings: GenerationConfig, model: LlamaForCausalLM) -> Iterator[None]:
-    """The model with `settings` in place of its own: passed to `generate`, they would be filled up from its own."""
-    theirs = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = theirs
+def _continued(
+    model: LlamaForCausalLM, text: torch.Tensor, seq_len: int, vocabulary: int, generator: torch.Generator, progress: tqdm
+) -> torch.Tensor:
+    """`text` `(n, 1)` continued to `(n, seq_len)`, token by token. Not by `generate`: it mixes in the model's own settings."""
+    token, cache = text, None
+    for _ in range(seq_len - 1):
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        chances = output.logits[:, -1, :vocabulary].float().softmax(-1)
+        token = torch.multinomial(chances, 1, generator=generator)
+        text = torch.cat([text, token], 1)
+        progress.update(len(token))
+    return text
 
 
 def mixed(windows: torch.Tensor, written: torch.Tensor, *, seed: int) -> torch.Tensor:

@@ -30,8 +30,9 @@ from LLMPruner.evaluator.ppl import load_eval_windows
 from LLMPruner.forward import LayerRunner
 from LLMPruner.importance.allocation import Budget, adds_bias, allocate, build_plan, level_limits, make_budget
 from LLMPruner.importance.criteria import score_units
+from LLMPruner.importance.database import Database
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
-from LLMPruner.importance.search import Database, Fitness, SearchState, improve, measure_costs
+from LLMPruner.importance.search import Fitness, SearchState, improve, measure_costs
 from LLMPruner.job import JobWindows, PruneJob, cut_windows
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import count_parameters, load_model, resolve_device, resolve_dtype, versions
@@ -40,8 +41,13 @@ from LLMPruner.self_text import mixed, write_windows
 from LLMPruner.source import ModelSource, check_seq_len, find_model
 
 CORPORA = ("wikitext2", "ptb", "news")
-# `best-32` repairs on as few windows as the other rows: the same tokens for all.
-SETTINGS = {"default": {}, **PRESETS, "best-32": PRESETS["best"] | {"repair_samples": None, "self_samples": 0}}
+# `best-32` repairs on as few windows as the other rows, the same tokens for all; `best-corpus` on no self-written ones.
+SETTINGS = {
+    "default": {},
+    **PRESETS,
+    "best-32": PRESETS["best"] | {"repair_samples": None, "self_samples": 0},
+    "best-corpus": PRESETS["best"] | {"self_samples": 0},
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -92,14 +98,13 @@ class Bench:
 
     def measure(self, model: Any) -> dict[str, dict[str, float]]:
         """PPL and KL(dense || model) on every corpus."""
-        runner, dense = LayerRunner(model), LayerRunner(self.dense.model)
+        runner = LayerRunner(model)
         results = {}
         for name, rows in self.test.items():
             loss = divergence = 0.0
             for part, ours, theirs in zip(rows.split(4), self.last_hidden(model, rows), self.reference[name], strict=True):
                 loss += runner.losses(ours, part).sum().item()
-                for mine, other in zip(ours, theirs, strict=True):
-                    divergence += runner.divergence(mine[None], dense.log_probs(other[None])) / len(rows)
+                divergence += runner.divergence(ours, theirs) * len(part) / len(rows)
             results[name] = {"ppl": math.exp(loss / (len(rows) * (rows.shape[1] - 1))), "kl": divergence}
         return results
 
@@ -158,7 +163,7 @@ class Bench:
         limits, state = level_limits(budget, config, None), SearchState()
 
         def prepare() -> tuple[Fitness, list[list[float]]]:
-            fitness, found = Fitness(Database(runner, budget), windows.held_out), SearchState()
+            fitness, found = Fitness(Database(runner, budget), windows.held_out, self.run.seed), SearchState()
             measure_costs(fitness, config, windows.calibration, limits, self.run.seed, found, lambda _: None)
             return fitness, found.costs
 

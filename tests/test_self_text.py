@@ -35,7 +35,7 @@ def test_a_seed_writes_the_same_text_and_another_seed_another(trained):
 
 @pytest.mark.parametrize(
     "theirs",
-    [{"max_new_tokens": 5}, {"do_sample": True, "temperature": 0.05, "top_p": 0.1}, {"return_dict_in_generate": True}],
+    [{"max_new_tokens": 5}, {"do_sample": True, "temperature": 0.05, "top_p": 0.1}],
     ids=str,
 )
 def test_the_models_generation_config_is_not_read_and_stays(trained, monkeypatch, theirs):
@@ -45,11 +45,32 @@ def test_the_models_generation_config_is_not_read_and_stays(trained, monkeypatch
     assert trained.model.generation_config is config
 
 
+class Tokenizer:
+    """As much of a tokenizer as is read."""
+
+    def __init__(self, known: int, special: range) -> None:
+        self.known, self.all_special_ids = known, list(special)
+
+    def __len__(self) -> int:
+        return self.known
+
+
 @pytest.mark.parametrize("known", [10, 10**6])
-def test_the_first_token_is_one_that_both_the_tokenizer_and_the_model_know(trained, known):
-    written = write_windows(trained.model, range(known), samples=40, seq_len=2, seed=0)
-    assert written[:, 0].max() < min(known, VOCAB)
-    assert len(written[:, 0].unique()) > 5
+def test_every_token_is_one_that_both_the_tokenizer_and_the_model_know_and_the_first_no_marker(trained, known):
+    written = write_windows(trained.model, Tokenizer(known, range(4)), samples=40, seq_len=4, seed=0)
+    assert written.max() < min(known, VOCAB)
+    assert written[:, 0].min() >= 4 and len(written[:, 0].unique()) > 5
+
+
+def test_an_end_of_text_is_a_token_like_others(trained):
+    """Windows are drawn from the model's own distribution, every token of it."""
+    written = write_windows(trained.model, Tokenizer(VOCAB, range(0)), samples=400, seq_len=3, seed=0)
+    with torch.no_grad():
+        expected = trained.model(written[:, :2]).logits[:, -1].softmax(-1)
+    for token in expected.sum(0).topk(5).indices.tolist() + [trained.model.config.eos_token_id]:
+        mean, found = expected[:, token].sum().item(), (written[:, 2] == token).sum().item()
+        deviation = (expected[:, token] * (1 - expected[:, token])).sum().sqrt().item()
+        assert abs(found - mean) <= 4 * deviation + 1, token
 
 
 def test_the_random_state_of_the_process_stays(trained):

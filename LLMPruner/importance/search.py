@@ -1,6 +1,6 @@
 """How much per layer, by measurement: the levels of all sublayers that give the least KL from the dense model.
 
-First every sublayer is shrunk alone to a dozen levels, healed, and the KL from the dense model measured on an eighth of the
+First every sublayer is shrunk alone to a dozen levels, healed, and the KL from the dense model measured on a quarter of the
 held-out windows; dynamic programming over parameters turns these costs into a start. Then levels are shifted between
 sublayers and the KL of the whole pruned model on all of them decides: on fewer, the shifts fit these few (ZipLM, Kurtic et
 al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li et al. 2025).
@@ -9,12 +9,10 @@ KL and not perplexity is the fitness: perplexity would overfit its corpus.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +22,8 @@ from LLMPruner.config import PruneConfig
 from LLMPruner.errors import UsageError
 from LLMPruner.importance.allocation import Budget, Sublayer, round_levels
 from LLMPruner.importance.criteria import CRITERIA, UnitScores, gather_statistics, score_layer
-from LLMPruner.methods.gqa_aware import select_units
-from LLMPruner.methods.repair import REPAIRS, solve_own
+from LLMPruner.importance.database import Database
+from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.methods.sublayers import KINDS
 from LLMPruner.run import read_json_file
 
@@ -69,87 +67,23 @@ class SearchState:
             raise UsageError(f"--resume: {path} is not a search state: {error}") from error
 
 
-class Database:
-    """Every sublayer at every level, healed: kept units as a ranking, weights solved when they are asked for.
-
-    Memory: a ranking and a Gram matrix in float16 a sublayer (0.16 GB in all for SmolLM2-135M, 14 GB for Llama-3-8B, where
-    the healed weights of all levels would be ten times that), and the few weights that were asked for last.
-    """
-
-    def __init__(self, runner: LayerRunner, budget: Budget, *, heals: bool = True) -> None:
-        self.runner, self.budget = runner, budget
-        self.scores: list[UnitScores] = []
-        self._heals = heals
-        self._grams: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
-        self._variants: OrderedDict[tuple[int, int], tuple[tuple[int, ...], torch.Tensor | None]] = OrderedDict()
-
-    def add_layer(self, scores: UnitScores, grams: dict[str, torch.Tensor]) -> None:
-        """Append the next layer's scores and the Gram matrices of its sublayers, by kind."""
-        self.scores.append(scores)
-        self._grams.append({kind: _packed(gram) for kind, gram in grams.items()})
-
-    def variant(self, which: int, level: int) -> tuple[tuple[int, ...], torch.Tensor | None]:
-        """The units that sublayer `which` of the budget keeps at `level`, and its healed output weights (None: none kept)."""
-        key = (which, level)
-        if key not in self._variants:
-            sublayer = self.budget.sublayers[which]
-            kept = select_units(self.scores[sublayer.layer].of(sublayer.kind).tolist(), sublayer.levels[level])
-            self._variants[key] = kept, self._heal(sublayer, kept) if kept else None
-            if len(self._variants) > 4 * len(self.budget.sublayers):
-                self._variants.popitem(last=False)
-        self._variants.move_to_end(key)
-        return self._variants[key]
-
-    def _heal(self, sublayer: Sublayer, kept: tuple[int, ...]) -> torch.Tensor:
-        """Output weights of the kept columns, `(hidden, kept)`, fitted to the dense model's activations."""
-        kind = KINDS[sublayer.kind]
-        weight = kind.projection(self.runner.decoder_layer(sublayer.layer)).weight.detach()
-        columns = kind.columns(kept, self.budget.geometry).to(weight.device)
-        if not self._heals:
-            return weight[:, columns]
-        gram = _unpacked(self._grams[sublayer.layer][sublayer.kind]).to(weight.device)
-        return solve_own(weight.float(), gram, columns).to(weight.dtype)
-
-    @contextlib.contextmanager
-    def replaced(self, levels: Sequence[int], start: int = 0) -> Iterator[None]:
-        """The model with every sublayer from layer `start` on at its level of `levels`; dense again afterwards."""
-        with contextlib.ExitStack() as stack:
-            for which, level in enumerate(levels):
-                if level and self.budget.sublayers[which].layer >= start:
-                    stack.enter_context(self._replaced(which, level))
-            yield
-
-    @contextlib.contextmanager
-    def _replaced(self, which: int, level: int) -> Iterator[None]:
-        sublayer = self.budget.sublayers[which]
-        kind, layer = KINDS[sublayer.kind], self.runner.decoder_layer(sublayer.layer)
-        dense = kind.module(layer)
-        children = dict(dense.named_children())
-        kept, healed = self.variant(which, level)  # solved while the dense weights are in place
-        try:
-            kind.prune(layer, kept, self.budget.geometry)
-            if kept:
-                kind.projection(layer).weight.data = healed
-            yield
-        finally:
-            setattr(layer, kind.attribute, dense)
-            for name, child in children.items():
-                setattr(dense, name, child)
-
-
 class Fitness:
     """KL(dense || changed), nats a token, over held-out windows `(n, seq_len)`.
 
     Hidden states before every layer of an adopted plan are cached, so a changed plan runs from its first changed layer on.
+    The windows are put in random order by `seed`: the first of them, which some measures are content with, are of the whole
+    text.
     """
 
-    def __init__(self, database: Database, windows: torch.Tensor) -> None:
-        self.database, self.runner, self.windows = database, database.runner, windows
-        self.few = max(1, len(windows) // 8)  # windows that costs are measured on
-        self.some = max(1, len(windows) // 4)  # for the first look at a mutant
+    def __init__(self, database: Database, windows: torch.Tensor, seed: int) -> None:
+        import torch
+
+        self.database, self.runner = database, database.runner
+        self.windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+        self.some = max(1, len(windows) // 4)  # windows for costs, and for the first look at a mutant
         self.levels = [0] * len(database.budget.sublayers)
         self._hidden = self._prefixes()
-        self._dense = self.runner.log_probs(self._hidden[-1])
+        self._dense = self._hidden[-1]
 
     def adopt(self, levels: Sequence[int]) -> float:
         """Cache the prefixes of `levels`; returns its KL."""
@@ -191,7 +125,7 @@ def search(
     `state` is where to begin, and `save` gets it after every step. After `config.search_minutes` the best plan so far wins.
     """
     deadline = time.monotonic() + 60 * config.search_minutes
-    fitness = Fitness(Database(runner, budget, heals=REPAIRS[config.repair] is not None), held_out)
+    fitness = Fitness(Database(runner, budget, heals=REPAIRS[config.repair] is not None), held_out, seed)
     measure_costs(fitness, config, calibration, limits, seed, state, save)
     improve(fitness, budget, config, limits, seed, state, save, deadline)
     return budget.kept(state.levels), fitness.database.scores
@@ -254,7 +188,7 @@ def sublayer_costs(fitness: Fitness, which: int, limits: tuple[int, int]) -> lis
     for level in sorted({round(last * step / COST_LEVELS) for step in range(1, COST_LEVELS + 1)} - {0}):
         levels = [0] * len(sublayers)
         levels[which] = level
-        known[level] = max(fitness.measure(levels, fitness.few), *known.values())  # what removes more counts as no better
+        known[level] = max(fitness.measure(levels, fitness.some), *known.values())  # what removes more counts as no better
     points, costs = sorted(known), []
     for level in range(len(sublayers[which].levels)):
         below = max(point for point in points if point <= level)
@@ -319,14 +253,3 @@ def mutate(levels: Sequence[int], budget: Budget, limits: Sequence[tuple[int, in
         wanted[more] += shift
         wanted[less] -= shift
     return round_levels(budget.target, sublayers, limits, wanted)
-
-
-def _packed(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Gram matrix in half the memory: correlations in float16 and the scales in float32."""
-    scale = gram.diagonal().clamp_min(0).sqrt().clamp_min(1e-20)
-    return (gram / scale / scale.unsqueeze(1)).half().cpu(), scale.cpu()
-
-
-def _unpacked(packed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    correlations, scale = packed
-    return correlations.float() * scale * scale.unsqueeze(1)

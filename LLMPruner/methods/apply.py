@@ -35,64 +35,75 @@ def apply_plan(runner: LayerRunner, plan: PruningPlan, *, repair: str = "none", 
     Layers are walked in order on pruned activations: what a layer is healed on is what reaches it in the pruned model. The
     dense stream runs beside it, through each layer before that is sliced, and says what the layer should have answered.
     """
-    method = REPAIRS[repair]
-    streams = None
+    method, streams = REPAIRS[repair], None
     if method is not None:
         hidden = runner.embed(windows)
         streams = Streams(hidden, hidden)
     for index in tqdm(range(runner.num_layers), desc="apply", disable=None, leave=False):
         for kind in KINDS.values():
-            kept = kind.kept(plan, index)
-            whole = len(kept) == kind.units(plan.geometry)
-            healed = None
-            if streams is not None:
-                heals = kept and not (whole and (streams.dense is streams.pruned or not method.refits_whole))
-                healed = _pass(runner, kind, index, plan, method if heals else None, streams)
-            if not whole:
-                kind.prune(runner.decoder_layer(index), kept, plan.geometry)
-            if healed is not None:
-                _assign(kind.projection(runner.decoder_layer(index)), healed)
-                logger.info("layer %2d %s healed: %s", index, kind.name, healed.choice)
+            if streams is None:
+                _slice(runner, kind, index, plan)
+            else:
+                _heal(runner, kind, index, plan, method, streams)
 
 
-def _pass(
-    runner: LayerRunner, kind: Kind, index: int, plan: PruningPlan, method: Repair | None, streams: Streams
-) -> Healed | None:
-    """Move both streams past one dense sublayer; with a `method`, gather the evidence and heal it."""
-    step, before, dense_before = kind.step(runner), streams.pruned, streams.dense
-    streams.dense = step(index, dense_before)
+def _heal(runner: LayerRunner, kind: Kind, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:
+    """Slice and heal one sublayer, and move both streams past it, the dense one through the dense weights."""
+    step, kept, healed = kind.step(runner), kind.kept(plan, index), None
+    whole, drifted = len(kept) == kind.units(plan.geometry), streams.pruned is not streams.dense
+    answer = step(index, streams.dense)
+    if kept and not (whole and not (drifted and method.solves)):
+        healed = method.heal(_evidence(runner, kind, index, plan, method, streams, answer))
+    _slice(runner, kind, index, plan)
+    if healed is not None:
+        _assign(kind.projection(runner.decoder_layer(index)), healed)
+        logger.info("layer %2d %s healed: %s", index, kind.name, healed.choice)
+    streams.pruned = step(index, streams.pruned) if drifted or not whole else answer
+    streams.dense = answer
+
+
+def _slice(runner: LayerRunner, kind: Kind, index: int, plan: PruningPlan) -> None:
     kept = kind.kept(plan, index)
-    if method is None:  # whole, or removed whole
-        if kept:
-            streams.pruned = streams.dense if before is dense_before else step(index, before)
-        return None
-    inputs: list[torch.Tensor] = []
-    step(index, before, inputs.append)
-    rows = torch.cat(inputs)  # (tokens, columns)
-    projection = kind.projection(runner.decoder_layer(index))
-    columns = kind.columns(kept, plan.geometry).to(rows.device)
+    if len(kept) < kind.units(plan.geometry):
+        kind.prune(runner.decoder_layer(index), kept, plan.geometry)
+
+
+def _evidence(
+    runner: LayerRunner,
+    kind: Kind,
+    index: int,
+    plan: PruningPlan,
+    method: Repair,
+    streams: Streams,
+    answer: torch.Tensor,
+) -> Evidence:
+    """What a repair may know of a dense sublayer; `answer` is the dense stream after it. Gathered batch by batch."""
+    projection, kept = kind.projection(runner.decoder_layer(index)), kind.kept(plan, index)
+    columns = kind.columns(kept, plan.geometry).to(runner.device)
+    whole = len(kept) == kind.units(plan.geometry)
+    fit, held_out = (Moments(gram=method.solves, kept=columns if method.solves and not whole else None) for _ in range(2))
+    held = _held_out(*answer.shape[:2]).to(runner.device)
+    batches = runner.batches(*answer.shape[:2])
     bias = 0 if projection.bias is None else projection.bias
-    targets = torch.cat([streams.dense - dense_before - bias, streams.dense - before - bias], -1).flatten(0, 1)
-    evidence = Evidence(projection.weight.detach(), columns, *_split(rows, targets, columns, before.shape[:2]))
-    healed = method.heal(evidence)
-    answer = rows[:, columns] @ healed.weight.T + bias
-    if healed.bias is not None:
-        answer = answer + healed.bias
-    streams.pruned = before + answer.view(before.shape)
-    return healed
+
+    def add(inputs: torch.Tensor) -> None:
+        batch = next(batches)
+        own, drifted = (answer[batch] - before[batch] - bias for before in (streams.dense, streams.pruned))
+        targets = torch.cat([own, drifted], -1).flatten(0, 1)  # (tokens, 2 * hidden)
+        for moments, part in ((fit, ~held[batch].flatten()), (held_out, held[batch].flatten())):
+            moments.add(inputs[part], targets=targets[part] if method.solves else None)
+
+    kind.step(runner)(index, streams.pruned, add)
+    return Evidence(projection.weight.detach(), columns, fit, held_out)
 
 
-def _split(rows: torch.Tensor, targets: torch.Tensor, columns: torch.Tensor, shape: torch.Size) -> tuple[Moments, Moments]:
-    """The moments of the windows to fit on and of the held-out ones; `shape` is `(n, seq_len)`."""
-    held = torch.zeros(shape, dtype=torch.bool, device=rows.device)
+def _held_out(windows: int, seq_len: int) -> torch.Tensor:
+    """Which tokens the repair does not fit on but chooses by, bool `(windows, seq_len)`."""
+    held = torch.zeros(windows, seq_len, dtype=torch.bool)
     held[HELD_OUT - 1 :: HELD_OUT] = True
     if not held.any():  # fewer windows than HELD_OUT: the later part of each
-        held[:, -max(1, shape[1] // HELD_OUT) :] = True
-    moments = []
-    for part in (~held.flatten(), held.flatten()):
-        moments.append(Moments(kept=columns))
-        moments[-1].add(rows[part], targets=targets[part])
-    return moments[0], moments[1]
+        held[:, -max(1, seq_len // HELD_OUT) :] = True
+    return held
 
 
 def _assign(linear: nn.Linear, healed: Healed) -> None:

@@ -146,16 +146,20 @@ def output_error(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, s
 
 @dataclass(frozen=True)
 class Repair:
-    """A repair; whether it adds an output bias, and whether it also refits sublayers that keep everything."""
+    """A repair; whether it adds an output bias, and whether it solves for weights.
+
+    One that solves is given second moments and targets, and also refits sublayers that keep everything; else the evidence
+    has means and mean squares only.
+    """
 
     heal: Callable[[Evidence], Healed]
     adds_bias: bool = False
-    refits_whole: bool = False
+    solves: bool = False
 
 
 # None leaves the sliced weights as they are.
 REPAIRS: dict[str, Repair | None] = {
-    "least_squares": Repair(least_squares, refits_whole=True),
+    "least_squares": Repair(least_squares, solves=True),
     "bias": Repair(bias, adds_bias=True),
     "none": None,
 }

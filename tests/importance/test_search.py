@@ -15,7 +15,8 @@ from LLMPruner.config import PruneConfig
 from LLMPruner.errors import UsageError
 from LLMPruner.forward import LayerRunner
 from LLMPruner.importance.allocation import Sublayer, build_plan, level_limits, make_budget
-from LLMPruner.importance.search import Database, Fitness, SearchState, knapsack, mutate, search, sublayer_costs
+from LLMPruner.importance.database import Database
+from LLMPruner.importance.search import Fitness, SearchState, knapsack, mutate, search, sublayer_costs
 from LLMPruner.methods.apply import apply_plan
 
 CALIBRATION = random_windows(12, 16, seed=1)
@@ -105,20 +106,31 @@ def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_rep
         database.add_layer(layer, {"attention": torch.eye(64), "mlp": torch.eye(96)})
     which = 3  # the MLP of layer 1
     held_out = random_windows(16, 16, seed=2)
-    costs = sublayer_costs(Fitness(database, held_out), which, (0, len(budget.sublayers[which].levels) - 1))
+    fitness = Fitness(database, held_out, seed=0)
+    costs = sublayer_costs(fitness, which, (0, len(budget.sublayers[which].levels) - 1))
     pruned = tiny_model()
     kept = {(1, "mlp"): budget.sublayers[which].levels[-1]}
     apply_plan(LayerRunner(pruned), build_plan(budget.geometry, kept, scores))
     with torch.no_grad():
-        few = held_out[:2]  # costs look at the first eighth
-        dense, other = (m(few).logits.log_softmax(-1) for m in (model, pruned))
+        some = fitness.windows[:4]  # costs look at the first quarter
+        dense, other = (m(some).logits.log_softmax(-1) for m in (model, pruned))
     expected = (dense.exp() * (dense - other)).sum(-1).mean()
     assert costs[-1] == pytest.approx(expected.item(), rel=1e-3)
 
 
+def test_the_first_windows_of_a_fitness_are_of_the_whole_text():
+    held_out = torch.arange(64).unsqueeze(1).repeat(1, 4)
+    budget = make_budget(geometry_of(MODEL), request())
+    database = Database(LayerRunner(MODEL), budget)
+    one, same, other = (Fitness(database, held_out, seed).windows[:, 0] for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert sorted(one.tolist()) == list(range(64))
+    assert one[: Fitness(database, held_out, 0).some].max() > 32, "the first quarter is of the first half alone"
+
+
 def test_the_healed_weights_of_the_database_are_those_of_the_repair_on_dense_activations():
     """Half precision in the stored Gram matrix costs next to nothing."""
-    from LLMPruner.importance.search import _packed, _unpacked
+    from LLMPruner.importance.database import _packed, _unpacked
 
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(500, 64, generator=generator) * torch.logspace(-3, 3, 64)

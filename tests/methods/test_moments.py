@@ -69,3 +69,26 @@ def test_moments_of_nothing_are_refused():
     moments.add(ROWS)
     with pytest.raises(ValueError, match="no such input"):
         _ = moments.cross
+
+
+def test_moments_of_different_columns_are_not_added_and_kept_ones_are_of_the_gram_matrix():
+    first, second = torch.tensor([0, 2]), torch.tensor([1, 2])
+    for other in (Moments(kept=second), Moments(), Moments(gram=False)):
+        with pytest.raises(ValueError, match="different columns"):
+            _ = Moments(kept=first) + other
+    _ = Moments(kept=first) + Moments(kept=first.clone())
+    with pytest.raises(ValueError, match="Gram matrix"):
+        Moments(gram=False, kept=first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_short_formats_lose_nothing_and_the_setting_of_the_process_stays(dtype):
+    """Sums of many products, so that rounding any factor or sum to bfloat16 would show."""
+    generator, before = torch.Generator().manual_seed(1), torch.get_float32_matmul_precision()
+    rows = (torch.randn(512, 64, generator=generator) + 3).to(dtype)
+    targets = (torch.randn(512, 32, generator=generator) - 2).to(dtype)
+    moments = Moments()
+    moments.add(rows, targets=targets)
+    torch.testing.assert_close(moments.gram.double(), rows.double().T @ rows.double() / 512, rtol=1e-5, atol=0)
+    torch.testing.assert_close(moments.cross.double(), targets.double().T @ rows.double() / 512, rtol=1e-5, atol=0)
+    assert torch.get_float32_matmul_precision() == before
