@@ -13,7 +13,7 @@ from LLMPruner.errors import UsageError
 from LLMPruner.importance.allocation import Budget, make_budget, reads_layer_scores
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LayerImportance
-from LLMPruner.importance.search import SearchState
+from LLMPruner.importance.search import MEASURES, SearchState
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model import checkpoint_bytes, export_bytes
 from LLMPruner.run import check_export_places
@@ -109,7 +109,8 @@ def search_key(job: PruneJob) -> dict[str, Any]:
     """What a search's result depends on: an interrupted one is continued only under the same."""
     free = ("resume", "repair_samples", "self_samples", "search_minutes", "search_generations", "layer_importance_file")
     settings = {name: value for name, value in asdict(job.prune).items() if name not in free}
-    return {"model": job.source.fingerprint(), "seed": job.run.seed, "data_dir": job.run.data_dir, **settings}
+    run = {"seed": job.run.seed, "data_dir": job.run.data_dir}
+    return {"measures": MEASURES, "model": job.source.fingerprint(), **run, **settings}
 
 
 def _check_outputs(job: PruneJob, folder: Path) -> None:

@@ -30,7 +30,7 @@ def write_windows(model: LlamaForCausalLM, tokenizer: Any, *, samples: int, seq_
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator(device).manual_seed(seed)
     vocabulary = min(len(tokenizer), model.config.vocab_size)  # either may be padded
-    special = set(tokenizer.all_special_ids)  # markers of chats and of padding begin no text
+    special = set(tokenizer.all_special_ids)  # an end of text or a padding begins none
     known = torch.tensor([token for token in range(vocabulary) if token not in special], device=device)
     first = known[torch.randint(len(known), (samples, 1), generator=generator, device=device)]
     size = max(1, BATCH_TOKENS // seq_len)

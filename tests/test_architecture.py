@@ -34,8 +34,14 @@ ORDER = (
     "cli",
 )
 LIGHT = ("__init__", "errors", "plan", "checkpoint", "config", "run", "data", "source", "model", "cli", "job", "pipeline")
-LIGHT += ("importance/allocation", "importance/criteria", "importance/layer_analyzer", "importance/search", "methods/gqa_aware")
-LIGHT += ("methods/mlp", "methods/moments", "methods/obs", "methods/repair", "methods/sublayers")
+LIGHT += (
+    "importance/allocation",
+    "importance/criteria",
+    "importance/database",
+    "importance/layer_analyzer",
+    "importance/search",
+)
+LIGHT += ("methods/gqa_aware", "methods/mlp", "methods/moments", "methods/obs", "methods/repair", "methods/sublayers")
 HEAVY = {"torch", "transformers", "datasets", "peft", "safetensors", "matplotlib"}
 MODULES = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py"))
 SCRIPTS = {"export/__main__"}  # run as `python -m LLMPruner.export`: like the scripts beside the package it may use all of it

@@ -104,10 +104,13 @@ def test_chunking_the_logits_changes_neither_losses_nor_gradients(monkeypatch, r
     runner = LayerRunner(model)
     hidden = runner.layers(runner.embed(WINDOWS))
     losses, gates = runner.losses(hidden, WINDOWS), gathered_gates(runner, WINDOWS)
+    other = hidden.roll(1, 0)
+    divergence = runner.divergence(other, hidden)
     seen = []
     model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
     monkeypatch.setattr(forward, "LOGIT_ELEMENTS_CPU", rows * VOCAB)
     torch.testing.assert_close(runner.losses(hidden, WINDOWS), losses, rtol=1e-5, atol=1e-5)
+    assert runner.divergence(other, hidden) == pytest.approx(divergence, rel=1e-5)
     for got, wanted in zip(gathered_gates(runner, WINDOWS), gates, strict=True):
         torch.testing.assert_close(got, wanted)
     assert max(seen) == rows

@@ -189,6 +189,9 @@ def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, 
     assert whole == part
     assert command(*search_flags("--resume", "--pruning_ratio=0.3"), name="part") == 2
     assert "other settings" in capsys.readouterr().err
+    monkeypatch.setattr("LLMPruner.job.MEASURES", search.MEASURES - 1)  # a release whose costs meant something else
+    assert command(*search_flags("--search_generations=4", "--resume"), name="part") == 2
+    assert "search anew" in capsys.readouterr().err
 
 
 def test_whole_sublayers_may_go_and_the_model_still_works(command):

@@ -39,6 +39,7 @@ OFFSPRING = 12  # mutants a generation
 SURVIVORS = 3  # of them measured on all windows; the others die on some of them
 CELLS = 4096  # resolution of the budget in dynamic programming
 STALE = 15  # generations without an improvement that end the search
+MEASURES = 2  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
 
 
 @dataclass

@@ -52,7 +52,7 @@ def _heal(runner: LayerRunner, kind: Kind, index: int, plan: PruningPlan, method
     step, kept, healed = kind.step(runner), kind.kept(plan, index), None
     whole, drifted = len(kept) == kind.units(plan.geometry), streams.pruned is not streams.dense
     answer = step(index, streams.dense)
-    if kept and not (whole and not (drifted and method.solves)):
+    if kept and (not whole or (drifted and method.solves)):
         healed = method.heal(_evidence(runner, kind, index, plan, method, streams, answer))
     _slice(runner, kind, index, plan)
     if healed is not None:

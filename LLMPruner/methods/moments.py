@@ -94,14 +94,17 @@ def _same(kept: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 def _exact_products(*factors: torch.Tensor | None) -> Iterator[None]:
     """Where all `factors` were bfloat16, float32 products by the processor's units for short formats (bfloat16, TF32).
 
-    Nothing is lost, for the factors fit them and the sums stay float32, and it takes a third of the time.
+    Nothing is lost, for the factors fit them and the sums stay float32, and it takes less than half of the time.
     """
     import torch
 
-    before = torch.get_float32_matmul_precision()
-    if all(factor is None or factor.dtype == torch.bfloat16 for factor in factors):
-        torch.set_float32_matmul_precision("medium")
+    if any(factor is not None and factor.dtype != torch.bfloat16 for factor in factors):
+        yield
+        return
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = cpu.fp32_precision, cuda.fp32_precision
+    cpu.fp32_precision, cuda.fp32_precision = "bf16", "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        cpu.fp32_precision, cuda.fp32_precision = before

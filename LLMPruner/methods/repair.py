@@ -24,7 +24,8 @@ class Evidence:
 
     `fit` and `held_out` are moments of the inputs to the output projection, all dense columns against the kept ones, over
     disjoint windows. Their targets are, side by side, the dense sublayer's output on the dense stream and what would also
-    undo the drift of the residual stream: `(2 * hidden,)`.
+    undo the drift of the residual stream: `(2 * hidden,)`. For a repair that does not solve, they are of the dense columns'
+    means and mean squares only.
     """
 
     weight: torch.Tensor  # (hidden, columns), dense

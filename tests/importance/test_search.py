@@ -15,7 +15,8 @@ from LLMPruner.config import PruneConfig
 from LLMPruner.errors import UsageError
 from LLMPruner.forward import LayerRunner
 from LLMPruner.importance.allocation import Sublayer, build_plan, level_limits, make_budget
-from LLMPruner.importance.database import Database
+from LLMPruner.importance.criteria import score_units
+from LLMPruner.importance.database import Database, _packed, _unpacked
 from LLMPruner.importance.search import Fitness, SearchState, knapsack, mutate, search, sublayer_costs
 from LLMPruner.methods.apply import apply_plan
 
@@ -99,8 +100,6 @@ def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_rep
     model = tiny_model()
     budget = make_budget(geometry_of(model), request(repair="none", importance="magnitude"))
     database = Database(LayerRunner(model), budget, heals=False)
-    from LLMPruner.importance.criteria import score_units
-
     scores = score_units(database.runner, budget.geometry, "magnitude", windows=CALIBRATION, seed=0)
     for layer in scores:
         database.add_layer(layer, {"attention": torch.eye(64), "mlp": torch.eye(96)})
@@ -118,6 +117,26 @@ def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_rep
     assert costs[-1] == pytest.approx(expected.item(), rel=1e-3)
 
 
+@torch.no_grad()
+def test_a_fitness_is_the_kl_from_the_dense_model_whatever_plan_was_adopted_before():
+    model = tiny_model()
+    model.lm_head.weight.mul_(100)  # sharp distributions: the two directions of the KL differ
+    budget = make_budget(geometry_of(model), request(repair="none", importance="magnitude"))
+    database = Database(LayerRunner(model), budget, heals=False)
+    for layer in score_units(database.runner, budget.geometry, "magnitude", windows=CALIBRATION, seed=0):
+        database.add_layer(layer, {"attention": torch.eye(64), "mlp": torch.eye(96)})
+    fitness, last = Fitness(database, HELD_OUT, seed=0), [len(sublayer.levels) - 1 for sublayer in budget.sublayers]
+    dense = model(fitness.windows).logits.log_softmax(-1)
+    middle = [level // 2 for level in last]
+    for levels in (last, middle):
+        with database.replaced(levels):
+            other = model(fitness.windows).logits.log_softmax(-1)
+        expected = (dense.exp() * (dense - other)).sum(-1).mean().item()
+        assert fitness.measure(levels) == pytest.approx(expected, rel=1e-3)
+        assert fitness.adopt(levels) == pytest.approx(expected, rel=1e-3)
+        assert (other.exp() * (other - dense)).sum(-1).mean().item() != pytest.approx(expected, rel=1e-2)
+
+
 def test_the_first_windows_of_a_fitness_are_of_the_whole_text():
     held_out = torch.arange(64).unsqueeze(1).repeat(1, 4)
     budget = make_budget(geometry_of(MODEL), request())
@@ -130,8 +149,6 @@ def test_the_first_windows_of_a_fitness_are_of_the_whole_text():
 
 def test_the_healed_weights_of_the_database_are_those_of_the_repair_on_dense_activations():
     """Half precision in the stored Gram matrix costs next to nothing."""
-    from LLMPruner.importance.database import _packed, _unpacked
-
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(500, 64, generator=generator) * torch.logspace(-3, 3, 64)
     gram = rows.T @ rows / 500

@@ -11,7 +11,7 @@ from conftest import each_architecture, geometry_of, random_plan, random_windows
 from LLMPruner.data import load_windows
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.forward import LayerRunner
-from LLMPruner.methods.apply import apply_plan
+from LLMPruner.methods.apply import _held_out, apply_plan
 from LLMPruner.methods.gqa_aware import query_columns
 from LLMPruner.methods.moments import Moments
 from LLMPruner.methods.repair import REPAIRS
@@ -115,7 +115,7 @@ def test_every_sublayer_is_healed_on_what_reaches_it_in_the_pruned_model(monkeyp
         return method.heal(evidence)
 
     monkeypatch.setitem(REPAIRS, repair, replace(method, heal=watched))
-    apply_plan(LayerRunner(model), plan, repair=repair, windows=CALIBRATION)
+    apply_plan(LayerRunner(model, batch_tokens=48), plan, repair=repair, windows=CALIBRATION)  # batch by batch
     runner, dense, checked = LayerRunner(model), LayerRunner(tiny_model(**changes)), 0
     hidden, target = runner.embed(CALIBRATION), dense.embed(CALIBRATION)
     for index in range(runner.num_layers):
@@ -128,18 +128,28 @@ def test_every_sublayer_is_healed_on_what_reaches_it_in_the_pruned_model(monkeyp
             total, checked = found.fit + found.held_out, checked + 1
             columns = kind.columns(kind.kept(plan, index), plan.geometry)
             torch.testing.assert_close(total.mean[columns], moments.mean, rtol=1e-3, atol=1e-4)
+            assert (found.fit.count, found.held_out.count) == (15 * 16, 5 * 16)
+            rows: list[torch.Tensor] = []
+            kind.step(runner)(index, before, rows.append)
+            inputs = torch.cat(rows).unflatten(0, CALIBRATION.shape)
+            torch.testing.assert_close(found.held_out.mean[columns], inputs[3::4].mean((0, 1)), rtol=1e-3, atol=1e-4)
             if not method.solves:
                 continue
             torch.testing.assert_close(total.gram[columns], moments.gram, rtol=1e-3, atol=1e-4)
-            drifted = total.cross[plan.geometry.hidden_size :]
             bias = kind.projection(dense.decoder_layer(index)).bias
-            wanted = target - before - (0 if bias is None else bias)
-            rows: list[torch.Tensor] = []
-            kind.step(runner)(index, before, rows.append)
-            again = wanted.flatten(0, 1).T @ torch.cat(rows) / CALIBRATION.numel()
-            torch.testing.assert_close(drifted, again, rtol=1e-3, atol=1e-4)
+            for cross, stream in zip(total.cross.split(plan.geometry.hidden_size), (target_before, before), strict=True):
+                wanted = target - stream - (0 if bias is None else bias)
+                again = wanted.flatten(0, 1).T @ inputs.flatten(0, 1) / CALIBRATION.numel()
+                torch.testing.assert_close(cross, again, rtol=1e-3, atol=1e-4)
             assert not torch.equal(target_before, before) or index <= 1
     assert checked >= 4
+
+
+@pytest.mark.parametrize("shape, expected", [((9, 4), 2 * 4), ((2, 8), 2 * 2), ((1, 3), 1), ((3, 1), 3)])
+def test_some_tokens_are_held_out_of_few_windows_as_well(shape, expected):
+    held = _held_out(*shape)
+    assert held.shape == shape and held.sum() == expected
+    assert shape[1] == 1 or not held.all()
 
 
 @torch.no_grad()

@@ -81,14 +81,22 @@ def test_moments_of_different_columns_are_not_added_and_kept_ones_are_of_the_gra
         Moments(gram=False, kept=first)
 
 
+def precisions() -> list[str]:
+    return [backend.fp32_precision for backend in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends)]
+
+
+@pytest.mark.parametrize("whole", [None, "tf32"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_short_formats_lose_nothing_and_the_setting_of_the_process_stays(dtype):
+@pytest.mark.parametrize("target_dtype", [torch.bfloat16, torch.float32])
+def test_short_formats_lose_nothing_and_the_settings_of_the_process_stay(monkeypatch, dtype, target_dtype, whole):
     """Sums of many products, so that rounding any factor or sum to bfloat16 would show."""
-    generator, before = torch.Generator().manual_seed(1), torch.get_float32_matmul_precision()
+    if whole is not None:  # as the Trainer sets it
+        monkeypatch.setattr(torch.backends, "fp32_precision", whole)
+    generator, before = torch.Generator().manual_seed(1), precisions()
     rows = (torch.randn(512, 64, generator=generator) + 3).to(dtype)
-    targets = (torch.randn(512, 32, generator=generator) - 2).to(dtype)
+    targets = (torch.randn(512, 32, generator=generator) - 2).to(target_dtype)
     moments = Moments()
     moments.add(rows, targets=targets)
     torch.testing.assert_close(moments.gram.double(), rows.double().T @ rows.double() / 512, rtol=1e-5, atol=0)
     torch.testing.assert_close(moments.cross.double(), targets.double().T @ rows.double() / 512, rtol=1e-5, atol=0)
-    assert torch.get_float32_matmul_precision() == before
+    assert precisions() == before
