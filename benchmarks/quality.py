@@ -41,6 +41,7 @@ from LLMPruner.self_text import mixed, write_windows
 from LLMPruner.source import ModelSource, check_seq_len, find_model
 
 CORPORA = ("wikitext2", "ptb", "news")
+PLOT_TOP = 1000  # perplexity
 # `best-32` repairs on as few windows as the other rows, the same tokens for all; `best-corpus` on no self-written ones.
 SETTINGS = {
     "default": {},
@@ -271,7 +272,8 @@ def plot(path: Path, record: dict[str, Any]) -> None:
     rows = [row for row in record["rows"] if row["calibration"] == corpus]
     figure = Figure(figsize=(14, 4.8), layout="constrained")
     figure.suptitle(
-        f"PPL over removed parameters (calibrated on {corpus}, {record['windows']} test windows of {record['seq_len']})"
+        f"PPL over removed parameters (calibrated on {corpus}, {record['windows']} test windows of {record['seq_len']}; "
+        f"what goes beyond {PLOT_TOP:,} collapsed)"
     )
     panels = figure.subplots(1, len(CORPORA))
     names = sorted(
@@ -286,6 +288,9 @@ def plot(path: Path, record: dict[str, Any]) -> None:
             marker = markers[place % len(markers)]
             axes.plot(*zip((0, base), *points, strict=True), marker=marker, color=f"C{place % 10}", label=method, **style)
         axes.set_yscale("log")
+        axes.set_ylim(top=PLOT_TOP)  # a collapsed model would squeeze the others into one line
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_title(f"{name} test")
         axes.set_xlabel("parameters removed (millions)")
         axes.grid(alpha=0.3)
