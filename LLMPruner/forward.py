@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 4096  # tokens that go through a layer together
 # float32 logits of one block, whatever the vocabulary (a divergence holds a few such blocks): 256 MB, but 16 MB on CPUs,
-# where larger blocks are mapped and cleared anew every time, which doubles it
+# where larger blocks are mapped and cleared anew every time, which doubles the time
 LOGIT_ELEMENTS, LOGIT_ELEMENTS_CPU = 1 << 26, 1 << 22
 
 Observer = Callable[[torch.Tensor], None]

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,8 @@ class Bench:
         text = windows.repair
         if job.writes:
             count, seq_len = config.self_samples, config.calibration_seq_len
-            write = lambda: write_windows(  # noqa: E731
-                self.dense.model, self.dense.tokenizer, samples=count, seq_len=seq_len, seed=self.run.seed
-            )
+            settings = {"samples": count, "seq_len": seq_len, "seed": self.run.seed}
+            write = partial(write_windows, self.dense.model, self.dense.tokenizer, **settings)
             written, *cost = self.once(("written", count, seq_len), write)
             costs.append(cost)
             text = mixed(text, written, seed=self.run.seed)

@@ -78,20 +78,21 @@ def _evidence(
     answer: torch.Tensor,
 ) -> Evidence:
     """What a repair may know of a dense sublayer; `answer` is the dense stream after it. Gathered batch by batch."""
-    projection, kept = kind.projection(runner.decoder_layer(index)), kind.kept(plan, index)
-    columns = kind.columns(kept, plan.geometry).to(runner.device)
-    whole = len(kept) == kind.units(plan.geometry)
-    fit, held_out = (Moments(gram=method.solves, kept=columns if method.solves and not whole else None) for _ in range(2))
+    projection = kind.projection(runner.decoder_layer(index))
+    columns = kind.columns(kind.kept(plan, index), plan.geometry).to(runner.device)
+    chosen = columns if method.solves and len(columns) < projection.in_features else None
+    fit, held_out = (Moments(gram=method.solves, kept=chosen) for _ in range(2))
     held = _held_out(*answer.shape[:2]).to(runner.device)
     batches = runner.batches(*answer.shape[:2])
     bias = 0 if projection.bias is None else projection.bias
 
     def add(inputs: torch.Tensor) -> None:
-        batch = next(batches)
-        own, drifted = (answer[batch] - before[batch] - bias for before in (streams.dense, streams.pruned))
-        targets = torch.cat([own, drifted], -1).flatten(0, 1)  # (tokens, 2 * hidden)
+        batch, targets = next(batches), None
+        if method.solves:
+            moves = [answer[batch] - before[batch] - bias for before in (streams.dense, streams.pruned)]
+            targets = torch.cat(moves, -1).flatten(0, 1)  # (tokens, 2 * hidden)
         for moments, part in ((fit, ~held[batch].flatten()), (held_out, held[batch].flatten())):
-            moments.add(inputs[part], targets=targets[part] if method.solves else None)
+            moments.add(inputs[part], targets=None if targets is None else targets[part])
 
     kind.step(runner)(index, streams.pruned, add)
     return Evidence(projection.weight.detach(), columns, fit, held_out)
