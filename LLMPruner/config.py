@@ -184,8 +184,8 @@ class PruneConfig:
     calibration_seq_len: int = 512
     calibration_dataset: str = "wikitext2"
     allow_sublayer_removal: bool = False  # a sublayer may lose its last unit
-    search_generations: int = 15
-    search_tokens: int = 4096  # held-out tokens to measure KL on; costs on a quarter, at least one window
+    search_generations: int = 5
+    search_tokens: int = 6144  # held-out tokens to measure KL on, half of them written by the dense model; costs on half
     search_minutes: float = 10.0
     resume: bool = False  # continue the experiment's interrupted search
 
@@ -226,7 +226,13 @@ class PruneConfig:
     @property
     def search_seq_len(self) -> int:
         """Tokens of a held-out window of the search; no longer than a calibration window, which fits the model's positions."""
-        return min(256, self.search_tokens, self.calibration_seq_len)
+        return min(512, self.search_tokens, self.calibration_seq_len)
+
+    @property
+    def search_windows(self) -> tuple[int, int]:
+        """Held-out windows of the search: how many of the corpus, and how many that the dense model writes."""
+        count = self.search_tokens // self.search_seq_len
+        return count - count // 2, count // 2
 
     def layer_range(self, num_layers: int) -> range:
         """The layers to prune. Raises UsageError where the range is empty or leaves the model."""

@@ -180,7 +180,7 @@ def cut_windows(job: PruneJob, tokenizer: Any) -> JobWindows:
 
     held_out = None
     if config.pruning_strategy == "search":
-        held_out = calibration(config.search_seq_len, config.search_tokens // config.search_seq_len, "validation")
+        held_out = calibration(config.search_seq_len, config.search_windows[0], "validation")
     return JobWindows(
         layers=calibration(config.layer_importance_seq_len, config.layer_importance_samples) if job.analyzes else None,
         calibration=calibration(config.calibration_seq_len, config.channel_importance_samples) if job.calibrates else None,

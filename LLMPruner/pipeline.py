@@ -56,7 +56,7 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
         results["original"] = _measure(run, loaded, windows.evaluation, "original")
     if job.analyzes:
         importance = _analyze(job, run, runner, windows.layers)
-    plan = _plan(job, run, runner, budget, importance, windows)
+    plan = _plan(job, run, loaded, budget, importance, windows)
     _report_plan(run, plan, budget)
     if job.dry_run:
         return loaded
@@ -95,9 +95,12 @@ def export_model(run: Run, loaded: LoadedModel, export: ExportConfig, metrics: s
 
 
 def _plan(
-    job: PruneJob, run: Run, runner: LayerRunner, budget: Budget, importance: LayerImportance | None, windows: JobWindows
+    job: PruneJob, run: Run, loaded: LoadedModel, budget: Budget, importance: LayerImportance | None, windows: JobWindows
 ) -> PruningPlan:
     """The plan by the job's strategy: weights of layer scores, one ranking, or the search."""
+    from LLMPruner.forward import LayerRunner
+
+    runner = LayerRunner(loaded.model)
     scores = None if importance is None else importance.scores
     if job.prune.pruning_strategy != "search":
         with run.stage("plan"):
@@ -117,13 +120,25 @@ def _plan(
             budget,
             job.prune,
             windows.calibration,
-            windows.held_out,
+            search_text(job, loaded, windows.held_out),
             limits=level_limits(budget, job.prune, scores),
             seed=job.run.seed,
             state=state,
             save=save,
         )
     return build_plan(budget.geometry, kept, units, output_bias=adds_bias(job.prune))
+
+
+def search_text(job: PruneJob, loaded: LoadedModel, held_out: torch.Tensor) -> torch.Tensor:
+    """The search's windows: `held_out` of the corpus, and others that the model, still dense, writes itself."""
+    count = job.prune.search_windows[1]
+    if count == 0:
+        return held_out
+    from LLMPruner.self_text import interleaved, write_windows
+
+    seed = job.run.seed + 1  # not what the repair is fitted on
+    written = write_windows(loaded.model, loaded.tokenizer, samples=count, seq_len=held_out.shape[1], seed=seed)
+    return interleaved(held_out, written, seed=job.run.seed)
 
 
 def _repair_text(job: PruneJob, run: Run, loaded: LoadedModel, windows: JobWindows) -> torch.Tensor | None:

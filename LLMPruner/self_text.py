@@ -1,7 +1,7 @@
 """Calibration text that the dense model writes itself: what one corpus does not cover, and no download.
 
-A repair fitted on one corpus forgets what that corpus never shows. Text sampled from the model shows it again (LLM-QAT, Liu
-et al. 2023; self-calibration, Williams et al. 2024).
+A repair fitted on one corpus, or a plan searched on it, forgets what that corpus never shows. Text sampled from the model shows
+it again (LLM-QAT, Liu et al. 2023; self-calibration, Williams et al. 2024).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def write_windows(model: LlamaForCausalLM, tokenizer: Any, *, samples: int, seq_
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator(device).manual_seed(seed)
     vocabulary = min(len(tokenizer), model.config.vocab_size)  # either may be padded
-    special = set(tokenizer.all_special_ids)  # an end of text or a padding begins none
+    # An end of text or a reserved token begins none; those without a role are special among the added ones only.
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     known = torch.tensor([token for token in range(vocabulary) if token not in special], device=device)
     first = known[torch.randint(len(known), (samples, 1), generator=generator, device=device)]
     size = max(1, BATCH_TOKENS // seq_len)
@@ -53,6 +54,13 @@ def _continued(
         text = torch.cat([text, token], 1)
         progress.update(len(token))
     return text
+
+
+def interleaved(windows: torch.Tensor, written: torch.Tensor, *, seed: int) -> torch.Tensor:
+    """`windows` in random order and `written` between them, both spread evenly: any first part holds both alike."""
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+    places = torch.cat([torch.arange(len(part)) / len(part) for part in (windows, written)])
+    return torch.cat([windows, written])[places.argsort(stable=True)]
 
 
 def mixed(windows: torch.Tensor, written: torch.Tensor, *, seed: int) -> torch.Tensor:

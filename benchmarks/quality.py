@@ -37,6 +37,7 @@ from LLMPruner.importance.search import Fitness, SearchState, improve, measure_c
 from LLMPruner.job import JobWindows, PruneJob, cut_windows
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import count_parameters, load_model, resolve_device, resolve_dtype, versions
+from LLMPruner.pipeline import search_text
 from LLMPruner.run import logger, peak_memory, read_json_file, reset_peak_memory, start_logging, stop_logging
 from LLMPruner.self_text import mixed, write_windows
 from LLMPruner.source import ModelSource, check_seq_len, find_model
@@ -122,7 +123,7 @@ class Bench:
             scores, *cost = self.once(("layers", corpus), lambda: method(runner, windows.layers))
             costs.append(cost)
         if config.pruning_strategy == "search":
-            (kept, units), *cost = self.search(runner, budget, config, windows, costs)
+            (kept, units), *cost = self.search(job, runner, budget, windows, costs)
         else:
             units, *cost = self.once(
                 ("units", corpus, config.importance),
@@ -158,13 +159,14 @@ class Bench:
         }
 
     def search(
-        self, runner: LayerRunner, budget: Budget, config: PruneConfig, windows: JobWindows, costs: list[list[float]]
+        self, job: PruneJob, runner: LayerRunner, budget: Budget, windows: JobWindows, costs: list[list[float]]
     ) -> tuple[Any, float, float]:
         """The search of the pipeline; its database and costs, which do not depend on the ratio, are shared."""
+        config = job.prune
         limits, state = level_limits(budget, config, None), SearchState()
 
         def prepare() -> tuple[Fitness, list[list[float]]]:
-            fitness, found = Fitness(Database(runner, budget), windows.held_out, self.run.seed), SearchState()
+            fitness, found = Fitness(Database(runner, budget), search_text(job, self.dense, windows.held_out)), SearchState()
             measure_costs(fitness, config, windows.calibration, limits, self.run.seed, found, lambda _: None)
             return fitness, found.costs
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import VOCAB, random_windows
-from transformers import GenerationConfig
+from transformers import AddedToken, GenerationConfig
 
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.model import load_model
-from LLMPruner.self_text import mixed, write_windows
+from LLMPruner.self_text import interleaved, mixed, write_windows
 from LLMPruner.source import find_model
 
 
@@ -49,7 +49,9 @@ class Tokenizer:
     """As much of a tokenizer as is read."""
 
     def __init__(self, known: int, special: range) -> None:
-        self.known, self.all_special_ids = known, list(special)
+        """The later half of the special ones has no role, as reserved tokens have none."""
+        self.known, self.all_special_ids = known, list(special[: len(special) // 2])
+        self.added_tokens_decoder = {token: AddedToken("x", special=token in special) for token in [*special, 9]}
 
     def __len__(self) -> int:
         return self.known
@@ -94,6 +96,16 @@ def test_more_windows_than_one_batch(trained, monkeypatch):
 def test_the_text_is_the_models_own(trained):
     own, foreign = (perplexity(trained.model, windows) for windows in (write(trained), random_windows(6, 24)))
     assert own < VOCAB / 3 < foreign
+
+
+@pytest.mark.parametrize("counts", [(6, 6), (5, 2), (4, 0), (1, 1)], ids=str)
+def test_any_first_part_of_interleaved_windows_holds_both_kinds_alike(counts):
+    windows, written = torch.arange(counts[0]).unsqueeze(1), 100 + torch.arange(counts[1]).unsqueeze(1)
+    one, same, other = (interleaved(windows, written, seed=seed)[:, 0].tolist() for seed in (0, 0, 1))
+    assert one == same and sorted(one) == [*range(counts[0]), *range(100, 100 + counts[1])]
+    assert len(one) < 6 or one != other, "the first windows of the text are always first"
+    for length in range(1, len(one) + 1):
+        assert abs(sum(row >= 100 for row in one[:length]) - length * counts[1] / len(one)) <= 1
 
 
 def test_mixed_holds_all_windows_in_another_order():

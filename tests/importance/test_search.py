@@ -105,14 +105,14 @@ def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_rep
         database.add_layer(layer, {"attention": torch.eye(64), "mlp": torch.eye(96)})
     which = 3  # the MLP of layer 1
     held_out = random_windows(16, 16, seed=2)
-    fitness = Fitness(database, held_out, seed=0)
+    fitness = Fitness(database, held_out)
     costs = sublayer_costs(fitness, which, (0, len(budget.sublayers[which].levels) - 1))
     pruned = tiny_model()
     kept = {(1, "mlp"): budget.sublayers[which].levels[-1]}
     apply_plan(LayerRunner(pruned), build_plan(budget.geometry, kept, scores))
     with torch.no_grad():
-        some = fitness.windows[:4]  # costs look at the first quarter
-        dense, other = (m(some).logits.log_softmax(-1) for m in (model, pruned))
+        some = held_out[:8]  # costs look at the first half, and at every fourth position of it
+        dense, other = (m(some).logits[:, ::4].log_softmax(-1) for m in (model, pruned))
     expected = (dense.exp() * (dense - other)).sum(-1).mean()
     assert costs[-1] == pytest.approx(expected.item(), rel=1e-3)
 
@@ -125,26 +125,16 @@ def test_a_fitness_is_the_kl_from_the_dense_model_whatever_plan_was_adopted_befo
     database = Database(LayerRunner(model), budget, heals=False)
     for layer in score_units(database.runner, budget.geometry, "magnitude", windows=CALIBRATION, seed=0):
         database.add_layer(layer, {"attention": torch.eye(64), "mlp": torch.eye(96)})
-    fitness, last = Fitness(database, HELD_OUT, seed=0), [len(sublayer.levels) - 1 for sublayer in budget.sublayers]
-    dense = model(fitness.windows).logits.log_softmax(-1)
+    fitness, last = Fitness(database, HELD_OUT), [len(sublayer.levels) - 1 for sublayer in budget.sublayers]
+    dense = model(HELD_OUT).logits[:, ::4].log_softmax(-1)
     middle = [level // 2 for level in last]
     for levels in (last, middle):
         with database.replaced(levels):
-            other = model(fitness.windows).logits.log_softmax(-1)
+            other = model(HELD_OUT).logits[:, ::4].log_softmax(-1)
         expected = (dense.exp() * (dense - other)).sum(-1).mean().item()
         assert fitness.measure(levels) == pytest.approx(expected, rel=1e-3)
         assert fitness.adopt(levels) == pytest.approx(expected, rel=1e-3)
         assert (other.exp() * (other - dense)).sum(-1).mean().item() != pytest.approx(expected, rel=1e-2)
-
-
-def test_the_first_windows_of_a_fitness_are_of_the_whole_text():
-    held_out = torch.arange(64).unsqueeze(1).repeat(1, 4)
-    budget = make_budget(geometry_of(MODEL), request())
-    database = Database(LayerRunner(MODEL), budget)
-    one, same, other = (Fitness(database, held_out, seed).windows[:, 0] for seed in (0, 0, 1))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    assert sorted(one.tolist()) == list(range(64))
-    assert one[: Fitness(database, held_out, 0).some].max() > 32, "the first quarter is of the first half alone"
 
 
 def test_the_healed_weights_of_the_database_are_those_of_the_repair_on_dense_activations():
