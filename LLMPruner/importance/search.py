@@ -1,6 +1,6 @@
 """How much per layer, by measurement: the levels of all sublayers that give the least KL from the dense model.
 
-First every sublayer is shrunk alone to a dozen levels, healed, and the KL from the dense model measured on half of the
+First every sublayer is shrunk alone to its levels, healed, and the KL from the dense model measured on half of the
 held-out windows; dynamic programming over parameters turns these costs into a start. Then levels are shifted between
 sublayers and the KL of the whole pruned model on all of them decides: on fewer, the shifts fit these few (ZipLM, Kurtic et
 al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li et al. 2025).
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("LLMPruner")
 
-COST_LEVELS = 12  # levels of a sublayer whose cost is measured; between them it is interpolated
+# Levels of a sublayer whose cost is measured; between them it is interpolated. On SmolLM2 four would be wrong by 2 to 4% in the
+# middle and 13% at the end, less than the cost differs from one text to another.
+COST_LEVELS = 8
 OFFSPRING = 8  # mutants a generation
 SURVIVORS = 2  # of them measured on all windows; the others die on some of them
 CELLS = 4096  # resolution of the budget in dynamic programming
