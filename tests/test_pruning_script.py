@@ -164,6 +164,24 @@ def search_flags(*flags):
     return ["--preset=best", "--prune_mlp", "--pruning_ratio=0.4", "--search_tokens=128", *flags]
 
 
+def test_half_of_what_a_search_measures_on_is_written_by_the_dense_model_and_not_what_the_repair_reads(command, monkeypatch):
+    from LLMPruner import self_text
+    from LLMPruner.importance import search
+
+    seen, texts, start, write = [], [], search.Fitness.__init__, self_text.write_windows
+    monkeypatch.setattr(search.Fitness, "__init__", lambda self, base, rows: seen.append(rows) or start(self, base, rows))
+    monkeypatch.setattr(self_text, "write_windows", lambda *a, **kw: texts.append(write(*a, **kw)) or texts[-1])
+    flags = ["--search_tokens=640", "--search_generations=1", "--no_save_model"]
+    assert command(*search_flags(*flags)) == 0
+    for_search, for_repair = ({tuple(row) for row in text.tolist()} for text in texts)
+    (measured,) = seen
+    own = [tuple(row) in for_search for row in measured.tolist()]
+    assert len(own) == 10 and sum(own) == 5 and 2 <= sum(own[:5]) <= 3, "costs look at the first half: of both kinds as well"
+    assert not for_search & for_repair
+    assert command(*search_flags("--search_tokens=64", *flags[1:]), name="little") == 0
+    assert len(seen[1]) == 1, "a single window is one of the corpus"
+
+
 def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, capsys):
     """Ctrl-C in the middle leaves the state; --resume ends where an undisturbed run ends."""
     from LLMPruner.importance import search
