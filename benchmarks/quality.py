@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -226,10 +228,20 @@ def fill(record: dict[str, Any], bench: Bench, wanted: Sequence[tuple[str, float
     done = {(row["calibration"], row["ratio"], row["row"]) for row in record["rows"]}
     for corpus, ratio, name in wanted:
         if (corpus, ratio, name) not in done:
-            record["rows"].append(bench.row(name, ratio, corpus))
+            record["rows"].append(bench.row(name, ratio, corpus) | {"commit": commit()})
             logger.info("row: %s", {key: record["rows"][-1][key] for key in ("row", "ratio", "seconds", "results")})
             write_json(path, record)
     write_json(path, record)
+
+
+def commit() -> str:
+    """The last commit that changed the package, with `-dirty` where files differ from it; empty outside a checkout."""
+    if shutil.which("git") is None:
+        return ""
+    folder = Path(cli.__file__).parent
+    commands = (["git", "log", "-1", "--format=%h", "."], ["git", "status", "--porcelain", "."])
+    answers = [subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout for command in commands]
+    return answers[0].strip() + "-dirty" * bool(answers[1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,17 +259,18 @@ def table(record: dict[str, Any]) -> str:
             "",
         ]
         head = ["ratio", "method", *(f"PPL {name}" for name in CORPORA), *(f"KL {name}" for name in CORPORA)]
-        head += ["removed", "calibration tokens", "seconds", "peak GB"]
+        head += ["removed", "calibration tokens", "seconds", "peak GB", "commit"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         values = [f"{dense[name]['ppl']:.2f}" for name in CORPORA] + ["0"] * len(CORPORA)
-        lines.append("| " + " | ".join(["0", "dense", *values, "0", "", "", ""]) + " |")
+        lines.append("| " + " | ".join(["0", "dense", *values, "0", "", "", "", ""]) + " |")
         rows = [row for row in record["rows"] if row["calibration"] == corpus]
         for row in sorted(rows, key=lambda row: (row["ratio"], -row["results"]["wikitext2"]["ppl"])):
             cells = [f"{row['ratio']:g}", row["row"]]
             cells += [_figure(row["results"][name]["ppl"]) for name in CORPORA]
             cells += ["" if "kl" not in row["results"][name] else f"{row['results'][name]['kl']:.3f}" for name in CORPORA]
             cells += [f"{row['removed']:,}", f"{row['calibration_tokens']:,}", f"{row['seconds']:.0f}"]
-            lines.append("| " + " | ".join([*cells, f"{row['peak_memory_gb']:.2f}"]) + " |")
+            cells += [f"{row['peak_memory_gb']:.2f}", row.get("commit", "")]  # the peers' rows and the oldest of ours have none
+            lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
