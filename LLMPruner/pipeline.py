@@ -56,7 +56,7 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
         results["original"] = _measure(run, loaded, windows.evaluation, "original")
     if job.analyzes:
         importance = _analyze(job, run, runner, windows.layers)
-    plan = _plan(job, run, loaded, budget, importance, windows)
+    plan = _plan(job, run, loaded, runner, budget, importance, windows)
     _report_plan(run, plan, budget)
     if job.dry_run:
         return loaded
@@ -95,12 +95,15 @@ def export_model(run: Run, loaded: LoadedModel, export: ExportConfig, metrics: s
 
 
 def _plan(
-    job: PruneJob, run: Run, loaded: LoadedModel, budget: Budget, importance: LayerImportance | None, windows: JobWindows
+    job: PruneJob,
+    run: Run,
+    loaded: LoadedModel,
+    runner: LayerRunner,
+    budget: Budget,
+    importance: LayerImportance | None,
+    windows: JobWindows,
 ) -> PruningPlan:
     """The plan by the job's strategy: weights of layer scores, one ranking, or the search."""
-    from LLMPruner.forward import LayerRunner
-
-    runner = LayerRunner(loaded.model)
     scores = None if importance is None else importance.scores
     if job.prune.pruning_strategy != "search":
         with run.stage("plan"):

@@ -225,10 +225,11 @@ def fill(record: dict[str, Any], bench: Bench, wanted: Sequence[tuple[str, float
     """Measure the dense model and the wanted rows that the record lacks."""
     if "dense" not in record:
         record["dense"] = {"removed": 0, "results": bench.measure(bench.dense.model)}
+    measured_by = commit()  # once: the code in this process stays what it is, whatever is committed meanwhile
     done = {(row["calibration"], row["ratio"], row["row"]) for row in record["rows"]}
     for corpus, ratio, name in wanted:
         if (corpus, ratio, name) not in done:
-            record["rows"].append(bench.row(name, ratio, corpus) | {"commit": commit()})
+            record["rows"].append(bench.row(name, ratio, corpus) | {"commit": measured_by})
             logger.info("row: %s", {key: record["rows"][-1][key] for key in ("row", "ratio", "seconds", "results")})
             write_json(path, record)
     write_json(path, record)

@@ -1,6 +1,6 @@
 """How much per layer, by measurement: the levels of all sublayers that give the least KL from the dense model.
 
-First every sublayer is shrunk alone to its levels, healed, and the KL from the dense model measured on half of the
+First every sublayer is shrunk alone to some of its levels, healed, and the KL from the dense model measured on half of the
 held-out windows; dynamic programming over parameters turns these costs into a start. Then levels are shifted between
 sublayers and the KL of the whole pruned model on all of them decides: on fewer, the shifts fit these few (ZipLM, Kurtic et
 al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li et al. 2025).
