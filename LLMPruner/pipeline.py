@@ -134,7 +134,7 @@ def _plan(
 
 def search_text(job: PruneJob, loaded: LoadedModel, held_out: torch.Tensor) -> torch.Tensor:
     """The search's windows: `held_out` of the corpus, and others that the model, still dense, writes itself."""
-    count = job.prune.search_windows[1]
+    count = min(job.prune.search_windows[1], len(held_out))  # no more than the corpus has, however many tokens are asked for
     if count == 0:
         return held_out
     from LLMPruner.self_text import interleaved, write_windows

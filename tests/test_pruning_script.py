@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import random_windows
 
 import llama3_unbalanced_pruning_gqa_aware as script
-from LLMPruner.config import PRESETS
+from LLMPruner.config import PRESETS, PruneConfig, RunConfig
 from LLMPruner.importance.allocation import STRATEGIES
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.methods.repair import REPAIRS
@@ -180,6 +182,18 @@ def test_half_of_what_a_search_measures_on_is_written_by_the_dense_model_and_not
     assert not for_search & for_repair
     assert command(*search_flags("--search_tokens=64", *flags[1:]), name="little") == 0
     assert len(seen[1]) == 1, "a single window is one of the corpus"
+
+
+def test_no_more_is_written_for_a_search_than_its_corpus_has(trained_dir):
+    """Many tokens asked of a small corpus must not become hours of writing."""
+    from LLMPruner.pipeline import search_text
+
+    loaded = load_model(find_model(str(trained_dir), "--base_model"), dtype="float32")
+    config = PruneConfig(pruning_strategy="search", calibration_seq_len=16, search_tokens=640)
+    job, held_out = SimpleNamespace(prune=config, run=RunConfig()), random_windows(3, 16)
+    text = search_text(job, loaded, held_out)
+    assert text.shape == (6, 16)
+    assert {tuple(row) for row in held_out.tolist()} < {tuple(row) for row in text.tolist()}
 
 
 def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, capsys):
