@@ -123,7 +123,7 @@ def add_prune_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="set --importance, --pruning_strategy, --repair (best: calibration windows too) at once; explicit flags win",
+        help="set --importance, --pruning_strategy, --repair (best: also its text, distillation) at once; explicit flags win",
     )
     budget = parser.add_argument_group("budget")
     add(budget, "pruning_ratio", "fraction of the parameters to remove, in (0, 1)", type=float)
@@ -166,6 +166,7 @@ def add_prune_flags(parser: argparse.ArgumentParser) -> None:
     add(units, "channel_importance_samples", "calibration windows for unit scores", type=int)
     add(units, "repair_samples", "calibration windows for the repair; default: as for the unit scores", type=int)
     add(units, "self_samples", "windows that the dense model writes itself, added to those of the repair, if any", type=int)
+    add(units, "distill_epochs", "passes of blockwise distillation on the repair's windows, if any", type=int)
     add(units, "calibration_seq_len", "tokens of a calibration window", type=int)
     add(units, "calibration_dataset", "corpus to calibrate on (its train split), or a local text file", type=str)
 

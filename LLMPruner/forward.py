@@ -82,6 +82,11 @@ class LayerRunner:
         """Hidden states after layer `index`."""
         return self.mlp(index, self.attention(index, hidden))
 
+    def differentiable_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after layer `index`, all windows at once, and for autograd to follow."""
+        layer = self.decoder_layer(index)
+        return _mlp(layer, self._attention(layer, hidden))
+
     def layers(self, hidden: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Hidden states after the layers `start` to `stop` (exclusive; None: the last)."""
         for index in range(start, self.num_layers if stop is None else stop):
@@ -128,7 +133,7 @@ class LayerRunner:
                 inputs = hidden.pop().detach().requires_grad_()
                 layer = self.decoder_layer(index)
                 with torch.enable_grad(), _capture(layer.self_attn.o_proj) as heads, _capture(layer.mlp.down_proj) as channels:
-                    output = _mlp(layer, self._attention(layer, inputs))
+                    output = self.differentiable_layer(index, inputs)
                     wanted = (inputs, heads[0], channels[0])
                     gradient, heads_gradient, channels_gradient = torch.autograd.grad(output, wanted, gradient)
                 with torch.no_grad():

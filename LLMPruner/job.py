@@ -107,7 +107,8 @@ def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig) -> 
 
 def search_key(job: PruneJob) -> dict[str, Any]:
     """What a search's result depends on: an interrupted one is continued only under the same."""
-    free = ("resume", "repair_samples", "self_samples", "search_minutes", "search_generations", "layer_importance_file")
+    repair = ("repair_samples", "self_samples", "distill_epochs")
+    free = ("resume", "search_minutes", "search_generations", "layer_importance_file", *repair)
     settings = {name: value for name, value in asdict(job.prune).items() if name not in free}
     run = {"seed": job.run.seed, "data_dir": job.run.data_dir}
     return {"measures": MEASURES, "model": job.source.fingerprint(), **run, **settings}

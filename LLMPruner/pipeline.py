@@ -64,7 +64,8 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     text = _repair_text(job, run, loaded, windows)
     with run.stage(f"apply (repair {job.prune.repair})"):
         loaded.plan = plan
-        apply_plan(runner, plan, repair=job.prune.repair, windows=text)
+        distillation = {"distill_epochs": job.prune.distill_epochs, "seed": job.run.seed}
+        apply_plan(runner, plan, repair=job.prune.repair, windows=text, **distillation)
     _record(job, run, loaded)
     if job.save:  # before anything that may take long or fail
         with run.stage("save"):

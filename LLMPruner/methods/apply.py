@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from LLMPruner.forward import LayerRunner
+from LLMPruner.methods.distill import LAYERS, distill
 from LLMPruner.methods.moments import Moments
 from LLMPruner.methods.repair import REPAIRS, Evidence, Healed, Repair
 from LLMPruner.methods.sublayers import KINDS, Kind
@@ -29,22 +32,45 @@ class Streams:
 
 
 @torch.no_grad()
-def apply_plan(runner: LayerRunner, plan: PruningPlan, *, repair: str = "none", windows: torch.Tensor | None = None) -> None:
+def apply_plan(
+    runner: LayerRunner,
+    plan: PruningPlan,
+    *,
+    repair: str = "none",
+    windows: torch.Tensor | None = None,
+    distill_epochs: int = 0,
+    seed: int = 0,
+) -> None:
     """Slice the runner's model to `plan`, in place; with a repair, `windows` `(n, seq_len)` are the calibration tokens.
 
     Layers are walked in order on pruned activations: what a layer is healed on is what reaches it in the pruned model. The
     dense stream runs beside it, through each layer before that is sliced, and says what the layer should have answered.
+    With `distill_epochs`, every few healed layers are then distilled together, on windows in an order drawn by `seed`.
     """
-    method, streams = REPAIRS[repair], None
-    if method is not None:
-        hidden = runner.embed(windows)
-        streams = Streams(hidden, hidden)
-    for index in tqdm(range(runner.num_layers), desc="apply", disable=None, leave=False):
-        for kind in KINDS.values():
-            if streams is None:
-                _slice(runner, kind, index, plan)
-            else:
-                _heal(runner, kind, index, plan, method, streams)
+    method = REPAIRS[repair]
+    if method is None:
+        for index, kind in product(range(runner.num_layers), KINDS.values()):
+            _slice(runner, kind, index, plan)
+        return
+    hidden = runner.embed(windows)
+    streams, held_out = Streams(hidden, hidden), _held_out(*windows.shape).to(runner.device)
+    generator = torch.Generator().manual_seed(seed)
+    with tqdm(total=runner.num_layers, desc="apply", disable=None, leave=False) as progress:
+        for layers in _blocks(runner.num_layers):
+            entering = streams.pruned
+            for index in layers:
+                for kind in KINDS.values():
+                    _heal(runner, kind, index, plan, method, streams)
+                progress.update()
+            if distill_epochs and streams.pruned is not streams.dense:
+                pruned, dense = streams.pruned, streams.dense
+                options = {"epochs": distill_epochs, "generator": generator}
+                streams.pruned = distill(runner, layers, entering, pruned, dense, held_out, **options)
+
+
+def _blocks(num_layers: int) -> Iterator[range]:
+    for start in range(0, num_layers, LAYERS):
+        yield range(start, min(start + LAYERS, num_layers))
 
 
 def _heal(runner: LayerRunner, kind: Kind, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:

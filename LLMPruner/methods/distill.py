@@ -1,0 +1,106 @@
+"""Blockwise distillation: the kept weights of a few layers in a row learn to answer as those layers did in the dense model.
+
+Gradient steps, but no label, no loss of the whole model, and never more than one block in float32: each block is given what the
+pruned layers before pass on and is to give back the dense model's hidden states (block reconstruction: BRECQ, Li et al. 2021).
+It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from LLMPruner.forward import LayerRunner
+
+logger = logging.getLogger("LLMPruner")
+
+LAYERS = 5  # that learn together; their weights, gradients and Adam's moments take 16 bytes a parameter (12 GB for Llama-3-8B)
+RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
+
+
+def distill(
+    runner: LayerRunner,
+    layers: range,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor,
+    targets: torch.Tensor,
+    held_out: torch.Tensor,
+    *,
+    epochs: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Train `layers`, in place, on the tokens that are not held out; keep the result where it is better on those that are.
+
+    Args:
+        inputs, outputs: hidden states `(n, seq_len, hidden)` of the pruned model before and after the layers.
+        targets: those of the dense model after them.
+        held_out: bool `(n, seq_len)`.
+        epochs: passes over the windows, one window a step, in an order drawn from `generator`.
+    Returns:
+        What the layers now give, in place of `outputs`.
+    """
+    weights = [weight for index in layers for weight in runner.decoder_layer(index).parameters()]
+    healed = [(weight.data, weight.requires_grad) for weight in weights]
+    for weight in weights:
+        weight.data = weight.data.to(torch.float32, copy=True)
+        weight.requires_grad_(True)
+    _train(runner, layers, weights, inputs, targets, held_out, epochs, generator)
+    for weight, (before, trainable) in zip(weights, healed, strict=True):
+        weight.grad = None
+        weight.data = weight.data.to(before.dtype)
+        weight.requires_grad_(trainable)
+    distilled = runner.layers(inputs, layers.start, layers.stop)
+    distances = [_distance(runner, hidden, targets, held_out) for hidden in (outputs, distilled)]
+    better = distances[1] < distances[0]  # not if NaN
+    verdict = "" if better else ", not kept"
+    logger.info("layers %d to %d distilled: distance to dense %.5f to %.5f%s", layers[0], layers[-1], *distances, verdict)
+    if better:
+        return distilled
+    for weight, (before, _) in zip(weights, healed, strict=True):
+        weight.data = before
+    return outputs
+
+
+def _train(
+    runner: LayerRunner,
+    layers: range,
+    weights: list[torch.nn.Parameter],
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    held_out: torch.Tensor,
+    epochs: int,
+    generator: torch.Generator,
+) -> None:
+    """Adam on float32 weights; the arithmetic of a half-precision model stays in half precision."""
+    fit = (~held_out).any(1).nonzero().flatten()
+    steps = epochs * len(fit)
+    optimizer = torch.optim.Adam(weights, lr=RATE, betas=(0.9, 0.95))
+    rate = lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / steps)  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    half = torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.dtype != torch.float32)
+    for _ in range(epochs):
+        for window in fit[torch.randperm(len(fit), generator=generator)].tolist():
+            with torch.enable_grad(), half:
+                hidden = inputs[window : window + 1]
+                for index in layers:
+                    hidden = runner.differentiable_layer(index, hidden)
+                loss = _distances(hidden[0], targets[window])[~held_out[window]].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def _distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Squared distance of each token to its target, relative to that: the next norm divides by its length."""
+    targets = targets.float()
+    scale = targets.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (hidden.float() - targets).square().mean(-1) / scale
+
+
+def _distance(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
+    """Mean of `_distances` over the tokens held out, batch by batch."""
+    batches = runner.batches(*held_out.shape)
+    total = sum(_distances(hidden[batch], targets[batch])[held_out[batch]].double().sum().item() for batch in batches)
+    return total / held_out.sum().item()
