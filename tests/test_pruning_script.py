@@ -304,6 +304,7 @@ def test_what_was_measured_survives_a_training_that_fails(command):
         (["--lora_r=0", "--finetune"], "--lora_r"),
         (["--round_to=0"], "--round_to"),
         (["--self_samples=-1"], "--self_samples"),
+        (["--distill_epochs=-1"], "--distill_epochs"),
         (["--max_pruning_rate=0.1", "--min_pruning_rate=0.5"], "--min_pruning_rate"),
         (["--freeze_top_n_layers=4"], "--freeze_top_n_layers"),
         (["--importance=magic"], "--importance"),

@@ -1,0 +1,162 @@
+"""Blockwise distillation: what is kept of a few layers comes closer to the dense model, or stays as it was."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
+
+from LLMPruner.data import load_windows
+from LLMPruner.evaluator.ppl import perplexity
+from LLMPruner.forward import LayerRunner
+from LLMPruner.methods import apply
+from LLMPruner.methods.apply import apply_plan
+from LLMPruner.methods.distill import distill
+from LLMPruner.model import load_model
+from LLMPruner.plan import LayerPlan, PruningPlan
+from LLMPruner.source import find_model
+
+CALIBRATION = random_windows(20, 16, seed=1)
+
+
+def halved(geometry) -> PruningPlan:
+    return PruningPlan(geometry, (LayerPlan((1,), tuple(range(0, geometry.intermediate_size, 2))),) * geometry.num_layers)
+
+
+def taught(dtype=torch.float32, trainable=True, **changes):
+    """Layers 1 and 2 of a model distilled to what the same layers gave before their weights were disturbed."""
+    model = tiny_model(**changes).to(dtype).requires_grad_(trainable)
+    runner = LayerRunner(model)
+    inputs = runner.layer(0, runner.embed(CALIBRATION))
+    targets = runner.layers(inputs, 1, 3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for index in (1, 2):
+            for weight in runner.decoder_layer(index).parameters():
+                weight.add_(0.02 * torch.randn_like(weight))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    outputs = runner.layers(inputs, 1, 3)
+    return runner, before, inputs, outputs, targets
+
+
+def distilled(runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0):
+    held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
+    held_out[held - 1 :: held] = True
+    generator = torch.Generator().manual_seed(seed)
+    return distill(runner, range(1, 3), inputs, outputs, targets, held_out, epochs=epochs, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_architecture
+def test_the_layers_come_closer_to_their_targets_on_windows_held_out(changes, dtype):
+    runner, before, inputs, outputs, targets = taught(dtype, **changes)
+    found = distilled(runner, inputs, outputs, targets)
+    distances = [(hidden - targets)[3::4].float().norm() for hidden in (found, outputs)]
+    assert distances[0] < 0.8 * distances[1]
+    assert torch.equal(found, runner.layers(inputs, 1, 3)), "what the weights give"
+    changed = {name for name, weight in runner.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed and all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in changed)
+
+
+@pytest.mark.parametrize("dtype, trainable", [(torch.float32, True), (torch.bfloat16, False)])
+def test_the_model_is_left_as_a_model(dtype, trainable):
+    runner, _, *streams = taught(dtype, trainable)
+    distilled(runner, *streams)
+    weights = list(runner.model.parameters())
+    assert {(weight.dtype, weight.requires_grad, weight.grad) for weight in weights} == {(dtype, trainable, None)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_worse_on_windows_held_out_is_taken_back(dtype, caplog):
+    """Held-out targets that contradict the others: the healed weights come back to the last bit."""
+    caplog.set_level(logging.INFO, "LLMPruner")
+    runner, before, inputs, outputs, targets = taught(dtype)
+    targets[3::4] = outputs[3::4]
+    assert distilled(runner, inputs, outputs, targets) is outputs
+    assert all(torch.equal(weight, before[name]) for name, weight in runner.model.named_parameters())
+    assert "not kept" in caplog.text
+
+
+@pytest.mark.parametrize("held", [4, 20])
+def test_windows_held_out_teach_nothing(held):
+    weights = []
+    for change in (1.0, 1.001):
+        runner, _, inputs, outputs, targets = taught()
+        targets[held - 1 :: held] *= change
+        distilled(runner, inputs, outputs, targets, held=held)
+        weights.append(runner.decoder_layer(2).mlp.down_proj.weight)
+    assert torch.equal(*weights)
+
+
+def test_of_windows_held_out_in_part_only_the_rest_teaches():
+    weights = []
+    for change in (1.0, 1.001):
+        runner, _, inputs, outputs, targets = taught()
+        held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
+        held_out[:, 12:] = True
+        targets[held_out] *= change
+        generator = torch.Generator().manual_seed(0)
+        distill(runner, range(1, 3), inputs, outputs, targets, held_out, epochs=4, generator=generator)
+        weights.append(runner.decoder_layer(2).mlp.down_proj.weight)
+    assert torch.equal(*weights) and not torch.equal(weights[0], taught()[0].decoder_layer(2).mlp.down_proj.weight)
+
+
+def test_the_order_of_the_windows_is_drawn_from_the_generator():
+    models = []
+    for seed in (0, 0, 1):
+        runner, _, *streams = taught()
+        distilled(runner, *streams, seed=seed)
+        models.append(runner.decoder_layer(1).mlp.up_proj.weight)
+    assert torch.equal(models[0], models[1]) and not torch.equal(models[0], models[2])
+
+
+@pytest.mark.parametrize("repair", ["least_squares", "bias"])
+@each_architecture
+def test_every_layer_is_distilled_once_between_what_reaches_it_and_what_the_dense_model_gives(monkeypatch, changes, repair):
+    """Two layers at a time: the streams given are those of the models, and the next layers are healed on the distilled ones."""
+    model, dense = tiny_model(**changes), LayerRunner(tiny_model(**changes))
+    plan, seen = replace(random_plan(geometry_of(model)), output_bias=repair == "bias"), []
+
+    def watched(runner, layers, inputs, outputs, targets, *args, **options):
+        torch.testing.assert_close(targets, dense.layers(dense.embed(CALIBRATION), 0, layers.stop))
+        torch.testing.assert_close(inputs, runner.layers(runner.embed(CALIBRATION), 0, layers.start))
+        torch.testing.assert_close(outputs, runner.layers(inputs, layers.start, layers.stop))
+        seen.append(layers)
+        return distill(runner, layers, inputs, outputs, targets, *args, **options)
+
+    monkeypatch.setattr(apply, "LAYERS", 2)
+    monkeypatch.setattr(apply, "distill", watched)
+    apply_plan(LayerRunner(model), plan, repair=repair, windows=CALIBRATION, distill_epochs=1)
+    assert seen == [range(0, 2), range(2, 4)]
+    assert sum(weight.numel() for weight in model.parameters()) == plan.total_params
+
+
+def test_a_dense_plan_is_not_distilled(monkeypatch):
+    monkeypatch.setattr(apply, "distill", lambda *args, **options: pytest.fail("nothing to learn"))
+    model = tiny_model()
+    plan = PruningPlan.dense(geometry_of(model))
+    apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
+
+
+def test_layers_without_sublayers_are_distilled(caplog):
+    caplog.set_level(logging.INFO, "LLMPruner")
+    model = tiny_model()
+    plan = PruningPlan.dense(geometry_of(model)).with_layer(1, LayerPlan((), (0, 1))).with_layer(2, LayerPlan((0,), ()))
+    apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
+    assert "layers 0 to 3 distilled" in caplog.text
+
+
+def test_distillation_lowers_the_perplexity_of_a_repaired_model(trained_dir, data_dir, tokenizer):
+    def windows(split, samples):
+        return load_windows(tokenizer, "wikitext2", split, seq_len=64, samples=samples, data_dir=str(data_dir))
+
+    source, measured = find_model(str(trained_dir), "--base_model"), []
+    for epochs in (0, 4):
+        model = load_model(source, dtype="float32", device="cpu").model
+        options = {"repair": "least_squares", "windows": windows("train", 60), "distill_epochs": epochs}
+        apply_plan(LayerRunner(model), halved(source.geometry), **options)
+        measured.append(perplexity(model, windows("test", 40)))
+    assert measured[1] < 0.98 * measured[0], measured
