@@ -65,6 +65,11 @@ class PruneJob:
         return self.prune.self_samples > 0 and REPAIRS[self.prune.repair] is not None
 
     @property
+    def distills(self) -> bool:
+        """Whether healed layers are trained towards the dense model's; this needs the repair's windows."""
+        return self.prune.distill_epochs > 0 and REPAIRS[self.prune.repair] is not None
+
+    @property
     def saves_finetuned(self) -> bool:
         """Whether a second checkpoint is written."""
         return self.save and self.finetune is not None

@@ -246,6 +246,7 @@ def _describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImpor
 def _record(job: PruneJob, run: Run, loaded: LoadedModel) -> None:
     """Put the provenance beside the weights."""
     written = {"written": f"and {job.prune.self_samples} windows that the dense model wrote"} if job.writes else {}
+    distilled = {"distill_epochs": job.prune.distill_epochs} if job.distills else {}
     loaded.provenance |= {
         "command": run.command,
         "seed": job.run.seed,
@@ -253,7 +254,7 @@ def _record(job: PruneJob, run: Run, loaded: LoadedModel) -> None:
         "parameters": loaded.plan.total_params,
         "calibration": {"corpus": job.prune.calibration_dataset, "split": "train"} | written,
         "settings": asdict(job.prune),
-    }
+    } | distilled
 
 
 def _finetune(job: PruneJob, run: Run, loaded: LoadedModel, windows: torch.Tensor) -> None:

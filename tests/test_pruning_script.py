@@ -153,6 +153,19 @@ def test_the_model_may_write_a_part_of_its_calibration_text(command):
     assert "stage write" in logs["written"] and "stage write" not in logs["blind"]
 
 
+def test_distillation_follows_the_repair_and_the_card_says_so(command):
+    """The plan is the same, other weights than the repair's change; without a repair there is nothing to learn from."""
+    runs = {"repaired": [], "distilled": ["--distill_epochs=1"], "blind": ["--distill_epochs=1", "--repair=none"]}
+    logs, cards = {}, {}
+    for name, flags in runs.items():
+        assert command("--prune_mlp", "--export=hf", *flags, name=name) == 0
+        logs[name] = next(Path("prune_log", name).glob("*/training.log")).read_text()
+        cards[name] = Path("prune_log", name, "hf/README.md").read_text()
+    assert len({Path("prune_log", name, "pruning_plan.json").read_text() for name in runs}) == 1
+    assert [name for name in runs if "distilled: distance to dense" in logs[name]] == ["distilled"]
+    assert [name for name in runs if "| epochs of blockwise distillation | `1` |" in cards[name]] == ["distilled"]
+
+
 def test_a_bias_that_the_repair_added_survives_the_checkpoint(command):
     assert command("--preset=flap", "--prune_mlp", "--pruning_ratio=0.4") == 0
     source = find_model("prune_log/exp/pytorch_model.bin", "--base_model")

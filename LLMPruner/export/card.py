@@ -70,6 +70,7 @@ def _provenance(provenance: dict[str, Any]) -> str:
         "importance": settings.get("importance"),
         "allocation": settings.get("pruning_strategy"),
         "repair": settings.get("repair"),
+        "epochs of blockwise distillation": provenance.get("distill_epochs"),
         "seed": provenance.get("seed"),
         "versions": ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items()),
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from tqdm import tqdm
 
 from LLMPruner.forward import LayerRunner
 
@@ -74,22 +75,21 @@ def _train(
 ) -> None:
     """Adam on float32 weights; the arithmetic of a half-precision model stays in half precision."""
     fit = (~held_out).any(1).nonzero().flatten()
-    steps = epochs * len(fit)
-    optimizer = torch.optim.Adam(weights, lr=RATE, betas=(0.9, 0.95))
-    rate = lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / steps)  # noqa: E731
+    order = torch.cat([fit[torch.randperm(len(fit), generator=generator)] for _ in range(epochs)]).tolist()
+    optimizer = torch.optim.Adam(weights, lr=RATE, betas=(0.9, 0.95), fused=True)
+    rate = lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / len(order))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     half = torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.dtype != torch.float32)
-    for _ in range(epochs):
-        for window in fit[torch.randperm(len(fit), generator=generator)].tolist():
-            with torch.enable_grad(), half:
-                hidden = inputs[window : window + 1]
-                for index in layers:
-                    hidden = runner.differentiable_layer(index, hidden)
-                loss = _distances(hidden[0], targets[window])[~held_out[window]].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for window in tqdm(order, desc=f"distill {layers[0]} to {layers[-1]}", disable=None, leave=False):
+        with torch.enable_grad(), half:
+            hidden = inputs[window : window + 1]
+            for index in layers:
+                hidden = runner.differentiable_layer(index, hidden)
+            loss = _distances(hidden[0], targets[window])[~held_out[window]].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 def _distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
