@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -119,6 +120,7 @@ def _plan(
             found.save(path, key)
 
     with run.stage("search"):
+        deadline = time.monotonic() + 60 * job.prune.search_minutes
         kept, units = search(
             runner,
             budget,
@@ -129,6 +131,7 @@ def _plan(
             seed=job.run.seed,
             state=state,
             save=save,
+            deadline=deadline,
         )
     return build_plan(budget.geometry, kept, units, output_bias=adds_bias(job.prune))
 

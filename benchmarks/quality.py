@@ -35,7 +35,7 @@ from LLMPruner.importance.allocation import Budget, adds_bias, allocate, build_p
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.database import Database
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
-from LLMPruner.importance.search import Fitness, SearchState, improve, measure_costs
+from LLMPruner.importance.search import Fitness, SearchState, fill_database, improve, measure_costs
 from LLMPruner.job import JobWindows, PruneJob, cut_windows
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import count_parameters, load_model, resolve_device, resolve_dtype, versions
@@ -168,26 +168,29 @@ class Bench:
         config = job.prune
         limits, state = level_limits(budget, config, None), SearchState()
 
-        def prepare() -> tuple[Fitness, list[list[float]]]:
-            fitness, found = Fitness(Database(runner, budget), search_text(job, self.dense, windows.held_out)), SearchState()
-            measure_costs(fitness, config, windows.calibration, limits, self.run.seed, found, lambda _: None)
+        def prepare() -> tuple[Fitness, list[dict[int, float]]]:
+            database, found = Database(runner, budget), SearchState()
+            fill_database(database, config, windows.calibration, self.run.seed)
+            fitness = Fitness(database, search_text(job, self.dense, windows.held_out))
+            measure_costs(fitness, limits, found, lambda _: None, math.inf)
             return fitness, found.costs
 
         (fitness, state.costs), *cost = self.once(("search", config.calibration_dataset), prepare)
         costs.append(cost)
-        deadline = time.monotonic() + 60 * config.search_minutes - cost[0]
-        found = lambda: self.improve(fitness, budget, config, limits, state, deadline)  # noqa: E731
-        return self.once(("plan", config.calibration_dataset, config.pruning_ratio), found)
+        return self.once(
+            ("plan", config.calibration_dataset, config.pruning_ratio),
+            lambda: self.improve(fitness, budget, config, limits, state),
+        )
 
-    def improve(self, fitness: Fitness, budget: Budget, config: PruneConfig, limits: Any, state: SearchState, deadline: float):
-        """The kept counts and unit scores of this budget."""
-        improve(fitness, budget, config, limits, self.run.seed, state, lambda _: None, deadline)
+    def improve(self, fitness: Fitness, budget: Budget, config: PruneConfig, limits: Any, state: SearchState):
+        """The kept counts and unit scores of this budget, whatever the clock says: load must not change a plan."""
+        improve(fitness, budget, config, limits, self.run.seed, state, lambda _: None, math.inf)
         return budget.kept(state.levels), fitness.database.scores
 
 
 def prune_config(name: str, ratio: float, corpus: str) -> PruneConfig:
-    """The settings of a row. The search may take its time: another load of the machine must not give another plan."""
-    return PruneConfig(pruning_ratio=ratio, prune_mlp=True, calibration_dataset=corpus, search_minutes=60, **SETTINGS[name])
+    """The settings of a row."""
+    return PruneConfig(pruning_ratio=ratio, prune_mlp=True, calibration_dataset=corpus, **SETTINGS[name])
 
 
 def recipe(argv: Sequence[str]) -> None:

@@ -228,7 +228,7 @@ def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, 
     assert state["generation"] == 2 and state["levels"]
     assert not Path("prune_log/part/pytorch_model.bin").exists()
     monkeypatch.setattr(search, "_evolve", evolve)
-    monkeypatch.setattr(search, "sublayer_costs", None)  # measured already: not to be called again
+    monkeypatch.setattr(search, "sublayer_cost", None)  # measured already: not to be called again
     assert command(*search_flags("--search_generations=4", "--resume"), name="part") == 0
     whole, part = (Path("prune_log", name, "pruning_plan.json").read_text() for name in ("whole", "part"))
     assert whole == part

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from hypothesis import strategies as st
 from LLMPruner.config import PruneConfig
 from LLMPruner.errors import UsageError
 from LLMPruner.forward import LayerRunner
+from LLMPruner.importance import search as search_module
 from LLMPruner.importance.allocation import Sublayer, build_plan, level_limits, make_budget
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.database import Database, _packed, _unpacked
-from LLMPruner.importance.search import Fitness, SearchState, knapsack, mutate, search, sublayer_costs
+from LLMPruner.importance.search import Fitness, SearchState, interpolated, knapsack, mutate, search, sublayer_cost
 from LLMPruner.methods.apply import apply_plan
 
 CALIBRATION = random_windows(12, 16, seed=1)
@@ -29,13 +32,12 @@ def request(**settings) -> PruneConfig:
     return PruneConfig(**settings, search_generations=3)
 
 
-def run(model, config: PruneConfig, state: SearchState | None = None, save=lambda state: None):
+def run(model, config: PruneConfig, state: SearchState | None = None, save=lambda state: None, deadline=math.inf):
     budget = make_budget(geometry_of(model), config)
     state = SearchState() if state is None else state
     limits = level_limits(budget, config, None)
-    kept, units = search(
-        LayerRunner(model), budget, config, CALIBRATION, HELD_OUT, limits=limits, seed=0, state=state, save=save
-    )
+    settings = {"limits": limits, "seed": 0, "state": state, "save": save, "deadline": deadline}
+    kept, units = search(LayerRunner(model), budget, config, CALIBRATION, HELD_OUT, **settings)
     return budget, kept, units, state
 
 
@@ -91,9 +93,9 @@ def test_a_search_meets_the_budget_improves_and_leaves_the_model_as_it_was(chang
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     found = [value for value in history if value is not None]
     assert len(found) == state.generation + 1 and found == sorted(found, reverse=True)
-    assert len(state.costs) == len(budget.sublayers) and sum(costs[-1] for costs in state.costs) > 0
-    for costs, sublayer in zip(state.costs, budget.sublayers, strict=True):
-        assert costs[0] == 0 and costs == sorted(costs) and len(costs) == len(sublayer.levels)
+    assert len(state.costs) == len(budget.sublayers) and sum(max(known.values()) for known in state.costs) > 0
+    for known, (_, last) in zip(state.costs, level_limits(budget, request(), None), strict=True):
+        assert known.keys() == {round(last * step / 4) for step in range(1, 5)} - {0}
 
 
 def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_replaced():
@@ -106,7 +108,7 @@ def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_rep
     which = 3  # the MLP of layer 1
     held_out = random_windows(16, 16, seed=2)
     fitness = Fitness(database, held_out)
-    costs = sublayer_costs(fitness, which, (0, len(budget.sublayers[which].levels) - 1))
+    cost = sublayer_cost(fitness, which, len(budget.sublayers[which].levels) - 1)
     pruned = tiny_model()
     kept = {(1, "mlp"): budget.sublayers[which].levels[-1]}
     apply_plan(LayerRunner(pruned), build_plan(budget.geometry, kept, scores))
@@ -114,7 +116,7 @@ def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_rep
         some = held_out[:8]  # costs look at the first half, and at every fourth position of it
         dense, other = (m(some).logits[:, ::4].log_softmax(-1) for m in (model, pruned))
     expected = (dense.exp() * (dense - other)).sum(-1).mean()
-    assert costs[-1] == pytest.approx(expected.item(), rel=1e-3)
+    assert cost == pytest.approx(expected.item(), rel=1e-3)
 
 
 @torch.no_grad()
@@ -149,8 +151,12 @@ def test_the_healed_weights_of_the_database_are_those_of_the_repair_on_dense_act
 
 def test_a_state_is_refused_for_another_search(tmp_path):
     path = tmp_path / "search_state.json"
-    SearchState([[0.0, 1.0]], [1], 0.5, 3, 1).save(path, {"seed": 1})
-    assert SearchState.load(path, {"seed": 1}) == SearchState([[0.0, 1.0]], [1], 0.5, 3, 1)
+    SearchState([{2: 1.0}], [1], 0.5, 3, 1).save(path, {"seed": 1})
+    assert SearchState.load(path, {"seed": 1}) == SearchState([{2: 1.0}], [1], 0.5, 3, 1)
+    path.write_text('{"key": {"seed": 1}, "costs": [[0.0, 1.0]]}')
+    with pytest.raises(UsageError, match="not a search state"):
+        SearchState.load(path, {"seed": 1})
+    SearchState().save(path, {"seed": 1})
     with pytest.raises(UsageError, match="other settings"):
         SearchState.load(path, {"seed": 2})
     path.write_text("[]")
@@ -158,9 +164,23 @@ def test_a_state_is_refused_for_another_search(tmp_path):
         SearchState.load(path, {"seed": 1})
 
 
-def test_time_that_is_over_ends_the_search_with_the_best_plan_so_far(caplog):
-    config = request()
-    import dataclasses
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_time_that_is_over_ends_the_search_with_the_best_plan_so_far(monkeypatch, more):
+    """Every sublayer is measured once, whatever the clock says; finer levels and shifts only while there is time."""
+    budget, measured, saved = make_budget(geometry_of(MODEL), request()), [], []
+    first = [(which, high) for which, (_, high) in enumerate(level_limits(budget, request(), None))]
+    measure = search_module.sublayer_cost
+    monkeypatch.setattr(search_module, "sublayer_cost", lambda *args: measured.append(args[1:]) or measure(*args))
+    monkeypatch.setattr(search_module, "time", SimpleNamespace(monotonic=lambda: len(measured)))
+    deadline = len(first) + more - 1  # `more` measures fit into the time that is left after the first of every sublayer
+    _, kept, _, state = run(tiny_model(), request(), save=lambda state: saved.append(state.levels), deadline=deadline)
+    assert measured[: len(first)] == first and len(measured) == len(first) + more
+    assert state.generation == 0 and kept == budget.kept(state.levels)
+    assert saved[: len(first)] == [None] * len(first) and None not in saved[len(first) :], (
+        "a plan is on disk as soon as it can be"
+    )
 
-    _, kept, _, state = run(tiny_model(), dataclasses.replace(config, search_minutes=1e-6))
-    assert state.generation == 0 and kept
+
+def test_costs_are_interpolated_and_never_fall_where_more_is_removed():
+    assert interpolated({2: 0.4, 4: 0.2, 6: 1.0}, 8) == pytest.approx([0, 0.2, 0.4, 0.4, 0.4, 0.7, 1.0, 1.0])
+    assert interpolated({}, 2) == [0, 0], "a frozen sublayer has no costs"
