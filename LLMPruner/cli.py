@@ -156,7 +156,7 @@ def add_prune_flags(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("search")
     add(search, "search_generations", "generations of shifted plans after the start", type=int)
     add(search, "search_tokens", "held-out tokens that KL is measured on, half of them written by the dense model", type=int)
-    add(search, "search_minutes", "minutes of the search after which the best plan so far is taken", type=float)
+    add(search, "search_minutes", "minutes until the best plan so far is taken, once every sublayer was measured", type=float)
     add(search, "resume", "continue the interrupted search of this experiment", action=Switch)
     add(search, "allow_sublayer_removal", "a whole attention or MLP may go", action=Switch)
 

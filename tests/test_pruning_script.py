@@ -232,11 +232,22 @@ def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, 
     assert command(*search_flags("--search_generations=4", "--resume"), name="part") == 0
     whole, part = (Path("prune_log", name, "pruning_plan.json").read_text() for name in ("whole", "part"))
     assert whole == part
+    flags = ["--search_generations=4", "--resume", "--distill_epochs=0", "--repair_samples=3"]
+    assert command(*search_flags(*flags), name="part") == 0, "what comes after the search may change"
     assert command(*search_flags("--resume", "--pruning_ratio=0.3"), name="part") == 2
     assert "other settings" in capsys.readouterr().err
     monkeypatch.setattr("LLMPruner.job.MEASURES", search.MEASURES - 1)  # a release whose costs meant something else
     assert command(*search_flags("--search_generations=4", "--resume"), name="part") == 2
     assert "search anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes, generations", [(1, 0), (2, 2)])
+def test_the_search_ends_after_its_minutes(command, monkeypatch, minutes, generations):
+    monkeypatch.setattr("LLMPruner.pipeline.time", SimpleNamespace(monotonic=lambda: 1000.0))
+    monkeypatch.setattr("LLMPruner.importance.search.time", SimpleNamespace(monotonic=lambda: 1000.0 + 90))
+    assert command(*search_flags("--search_generations=2", f"--search_minutes={minutes}", "--distill_epochs=0")) == 0
+    state = json.loads(Path("prune_log/exp/search_state.json").read_text())
+    assert state["generation"] == generations
 
 
 def test_whole_sublayers_may_go_and_the_model_still_works(command):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from LLMPruner.checkpoint import write_json
 from LLMPruner.config import PruneConfig
-from LLMPruner.errors import UsageError
+from LLMPruner.errors import RunError, UsageError
 from LLMPruner.importance.allocation import Budget, Sublayer, round_levels
 from LLMPruner.importance.criteria import CRITERIA, UnitScores, gather_statistics, score_layer
 from LLMPruner.importance.database import Database
@@ -187,7 +188,7 @@ def measure_costs(
     """Fill `state.costs`, coarse levels of all sublayers before finer ones: past `deadline` the finer ones stay unknown."""
     budget = fitness.database.budget
     state.costs = state.costs or [{} for _ in budget.sublayers]
-    rounds = [[measured_levels(last, steps) for _, last in limits] for steps in COST_ROUNDS]
+    rounds = [[measured_levels(first, last, steps) for first, last in limits] for steps in COST_ROUNDS]
     total = sum(len(set().union(*levels)) for levels in zip(*rounds, strict=True))
     with tqdm(total=total, initial=sum(map(len, state.costs)), desc="costs", disable=None, leave=False) as progress:
         for count, levels in enumerate(rounds):
@@ -201,21 +202,24 @@ def measure_costs(
                     logger.info("search: layer %2d %s, %d kept: KL %.5f", sublayer.layer, sublayer.kind, kept, cost)
                     save(state)
                     progress.update()
-            if state.generation == 0:
-                state.levels = cheapest_levels(state.costs, budget, limits)
-                save(state)
 
 
-def measured_levels(last: int, steps: int) -> set[int]:
-    """The levels after none, to `last`, that part them into `steps` even steps."""
-    return {round(last * step / steps) for step in range(1, steps + 1)} - {0}
+def measured_levels(first: int, last: int, steps: int) -> set[int]:
+    """The levels that part those from `first` to `last` into `steps` even steps; none where there is no choice."""
+    if first == last:
+        return set()
+    return {first + round((last - first) * step / steps) for step in range(1, steps + 1)} - {0}
 
 
 def sublayer_cost(fitness: Fitness, which: int, level: int) -> float:
-    """The KL with sublayer `which` alone at `level`, on some of the windows."""
+    """The KL with sublayer `which` alone at `level`, on some of the windows. Raises RunError where it is not finite."""
     levels = [0] * len(fitness.database.budget.sublayers)
     levels[which] = level
-    return fitness.measure(levels, fitness.some)
+    cost = fitness.measure(levels, fitness.some)
+    if not math.isfinite(cost):
+        sublayer = fitness.database.budget.sublayers[which]
+        raise RunError(f"the KL without a part of layer {sublayer.layer}'s {sublayer.kind} is {cost}: try --dtype float32")
+    return cost
 
 
 def cheapest_levels(costs: Sequence[Mapping[int, float]], budget: Budget, limits: Sequence[tuple[int, int]]) -> list[int]:

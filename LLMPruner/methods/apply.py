@@ -45,27 +45,31 @@ def apply_plan(
 
     Layers are walked in order on pruned activations: what a layer is healed on is what reaches it in the pruned model. The
     dense stream runs beside it, through each layer before that is sliced, and says what the layer should have answered.
-    With `distill_epochs`, every few healed layers are then distilled together, on windows in an order drawn by `seed`.
+    With `distill_epochs`, every few healed layers are then distilled together, on windows in an order drawn by `seed`: from
+    the first few that lost something on, whole layers among them learn too.
     """
     method = REPAIRS[repair]
     if method is None:
         for index, kind in product(range(runner.num_layers), KINDS.values()):
             _slice(runner, kind, index, plan)
         return
-    hidden = runner.embed(windows)
-    streams, held_out = Streams(hidden, hidden), _held_out(*windows.shape).to(runner.device)
-    generator = torch.Generator().manual_seed(seed)
+    streams, held_out = _streams(runner, windows), _held_out(*windows.shape).to(runner.device)
+    options = {"epochs": distill_epochs, "generator": torch.Generator().manual_seed(seed)}
     with tqdm(total=runner.num_layers, desc="apply", disable=None, leave=False) as progress:
         for layers in _blocks(runner.num_layers):
-            entering = streams.pruned
+            learns = distill_epochs and any(kind.kept(plan, index) for index in layers for kind in KINDS.values())
+            entering = streams.pruned if learns else None  # one stream is gigabytes: none is held without need
             for index in layers:
                 for kind in KINDS.values():
                     _heal(runner, kind, index, plan, method, streams)
                 progress.update()
-            if distill_epochs and streams.pruned is not streams.dense:
-                pruned, dense = streams.pruned, streams.dense
-                options = {"epochs": distill_epochs, "generator": generator}
-                streams.pruned = distill(runner, layers, entering, pruned, dense, held_out, **options)
+            if learns and streams.pruned is not streams.dense:
+                streams.pruned = distill(runner, layers, entering, streams.pruned, streams.dense, held_out, **options)
+
+
+def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
+    hidden = runner.embed(windows)
+    return Streams(hidden, hidden)
 
 
 def _blocks(num_layers: int) -> Iterator[range]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from LLMPruner.config import PruneConfig
-from LLMPruner.errors import UsageError
+from LLMPruner.errors import RunError, UsageError
 from LLMPruner.forward import LayerRunner
 from LLMPruner.importance import search as search_module
 from LLMPruner.importance.allocation import Sublayer, build_plan, level_limits, make_budget
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.database import Database, _packed, _unpacked
-from LLMPruner.importance.search import Fitness, SearchState, interpolated, knapsack, mutate, search, sublayer_cost
+from LLMPruner.importance.search import (
+    Fitness,
+    SearchState,
+    interpolated,
+    knapsack,
+    measured_levels,
+    mutate,
+    search,
+    sublayer_cost,
+)
 from LLMPruner.methods.apply import apply_plan
 
 CALIBRATION = random_windows(12, 16, seed=1)
@@ -167,18 +177,38 @@ def test_a_state_is_refused_for_another_search(tmp_path):
 @pytest.mark.parametrize("more", [0, 1, 3])
 def test_time_that_is_over_ends_the_search_with_the_best_plan_so_far(monkeypatch, more):
     """Every sublayer is measured once, whatever the clock says; finer levels and shifts only while there is time."""
-    budget, measured, saved = make_budget(geometry_of(MODEL), request()), [], []
+    budget, measured = make_budget(geometry_of(MODEL), request()), []
     first = [(which, high) for which, (_, high) in enumerate(level_limits(budget, request(), None))]
     measure = search_module.sublayer_cost
     monkeypatch.setattr(search_module, "sublayer_cost", lambda *args: measured.append(args[1:]) or measure(*args))
     monkeypatch.setattr(search_module, "time", SimpleNamespace(monotonic=lambda: len(measured)))
     deadline = len(first) + more - 1  # `more` measures fit into the time that is left after the first of every sublayer
-    _, kept, _, state = run(tiny_model(), request(), save=lambda state: saved.append(state.levels), deadline=deadline)
+    _, kept, _, state = run(tiny_model(), request(), deadline=deadline)
     assert measured[: len(first)] == first and len(measured) == len(first) + more
     assert state.generation == 0 and kept == budget.kept(state.levels)
-    assert saved[: len(first)] == [None] * len(first) and None not in saved[len(first) :], (
-        "a plan is on disk as soon as it can be"
-    )
+
+
+def test_a_search_that_ran_out_of_time_continues_to_the_plan_of_one_with_time(monkeypatch):
+    """Costs that rise with the square of what is removed: the plan by the coarsest levels, straight lines, is another one."""
+    measured, config = [], replace(request(), search_generations=0)
+    monkeypatch.setattr(search_module, "sublayer_cost", lambda _, *level: measured.append(level) or level[1] ** 2)
+    monkeypatch.setattr(search_module, "time", SimpleNamespace(monotonic=lambda: len(measured)))
+    whole = run(tiny_model(), config)[3]
+    part = run(tiny_model(), config, deadline=0)[3]
+    assert part.levels != whole.levels and sum(map(len, part.costs)) < len(set(measured))
+    assert run(tiny_model(), config, state=part)[3] == whole
+
+
+def test_only_levels_within_the_limits_are_measured():
+    assert [measured_levels(0, 19, steps) for steps in (1, 2, 4)] == [{19}, {10, 19}, {5, 10, 14, 19}]
+    assert measured_levels(3, 7, 4) == {4, 5, 6, 7} and measured_levels(2, 3, 4) == {2, 3}
+    assert measured_levels(0, 0, 4) == measured_levels(4, 4, 4) == set(), "no choice, nothing to measure"
+
+
+def test_a_cost_that_is_not_finite_names_its_sublayer(monkeypatch):
+    monkeypatch.setattr(LayerRunner, "divergence", lambda *_: math.nan)
+    with pytest.raises(RunError, match="layer 0's attention is nan"):
+        run(tiny_model(), request())
 
 
 def test_costs_are_interpolated_and_never_fall_where_more_is_removed():

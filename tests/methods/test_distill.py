@@ -14,7 +14,7 @@ from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.forward import LayerRunner
 from LLMPruner.methods import apply
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.methods.distill import distill
+from LLMPruner.methods.distill import _distances, distill
 from LLMPruner.model import load_model
 from LLMPruner.plan import LayerPlan, PruningPlan
 from LLMPruner.source import find_model
@@ -104,13 +104,85 @@ def test_of_windows_held_out_in_part_only_the_rest_teaches():
     assert torch.equal(*weights) and not torch.equal(weights[0], taught()[0].decoder_layer(2).mlp.down_proj.weight)
 
 
-def test_the_order_of_the_windows_is_drawn_from_the_generator():
-    models = []
+def test_every_pass_takes_the_windows_in_a_new_order_drawn_from_the_generator(monkeypatch):
+    orders, step = [], LayerRunner.differentiable_layer
+
+    def watched(self, index, hidden):
+        if index == 1:
+            orders[-1].append(next(i for i, window in enumerate(inputs) if torch.equal(window, hidden[0])))
+        return step(self, index, hidden)
+
+    monkeypatch.setattr(LayerRunner, "differentiable_layer", watched)
     for seed in (0, 0, 1):
-        runner, _, *streams = taught()
-        distilled(runner, *streams, seed=seed)
-        models.append(runner.decoder_layer(1).mlp.up_proj.weight)
-    assert torch.equal(models[0], models[1]) and not torch.equal(models[0], models[2])
+        runner, _, inputs, *streams = taught()
+        orders.append([])
+        distilled(runner, inputs, *streams, epochs=2, seed=seed)
+    assert orders[0] == orders[1] != orders[2]
+    fit = [window for window in range(20) if window % 4 != 3]
+    passes = orders[0][:15], orders[0][15:]
+    assert passes[0] != passes[1] and sorted(passes[0]) == sorted(passes[1]) == fit
+
+
+def test_weights_learn_in_float32_while_the_arithmetic_stays_in_half_precision(monkeypatch):
+    runner, _, *streams = taught(torch.bfloat16)
+    learning, seen, adam, step = [], [], torch.optim.Adam, LayerRunner.differentiable_layer
+
+    def watched(self, index, hidden):
+        layer = self.decoder_layer(index)
+        handle = layer.mlp.down_proj.register_forward_hook(lambda *_, **__: seen.append(_[2].dtype))
+        output = step(self, index, hidden)
+        handle.remove()
+        return output
+
+    monkeypatch.setattr(LayerRunner, "differentiable_layer", watched)
+    monkeypatch.setattr(torch.optim, "Adam", lambda weights, **options: learning.extend(weights) or adam(weights, **options))
+    monkeypatch.setattr(torch.optim.lr_scheduler.LambdaLR, "step", lambda self: dtypes.update(w.dtype for w in learning))
+    dtypes = set()
+    distilled(runner, *streams, epochs=1)
+    assert dtypes == {torch.float32} and set(seen) == {torch.bfloat16} and len(learning) == 2 * 9
+
+
+def test_the_distance_of_a_token_is_relative_to_the_size_of_its_target():
+    targets = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    found = _distances(targets + torch.tensor([[0.0, 5.0], [0.5, 0.0], [0.0, 0.0]]), targets)
+    assert found.tolist() == pytest.approx([1.0, 1.0, 0.0])
+
+
+def test_layers_that_learned_nonsense_are_taken_back(caplog):
+    caplog.set_level(logging.INFO, "LLMPruner")
+    runner, before, inputs, outputs, targets = taught()
+    targets[0] = torch.nan  # a window that teaches
+    assert distilled(runner, inputs, outputs, targets) is outputs
+    assert all(torch.equal(weight, before[name]) for name, weight in runner.model.named_parameters())
+    assert "to nan, not kept" in caplog.text
+
+
+def test_the_seed_reaches_the_order_of_the_windows():
+    found = []
+    for seed in (1, 1, 2):
+        model = tiny_model()
+        plan = random_plan(geometry_of(model))
+        apply_plan(LayerRunner(model), plan, repair="bias", windows=CALIBRATION, distill_epochs=1, seed=seed)
+        found.append(model.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_layers_before_the_first_few_that_lost_something_learn_nothing(monkeypatch):
+    seen = []
+    monkeypatch.setattr(apply, "LAYERS", 2)
+    monkeypatch.setattr(apply, "distill", lambda runner, layers, *args, **options: seen.append(layers) or args[1])
+    model = tiny_model()
+    plan = PruningPlan.dense(geometry_of(model)).with_layer(2, LayerPlan((0,), (0, 1)))
+    apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
+    assert seen == [range(2, 4)]
+
+
+def test_a_block_without_any_sublayer_left_is_passed_by(monkeypatch):
+    monkeypatch.setattr(apply, "LAYERS", 3)
+    model = tiny_model()
+    plan = PruningPlan.dense(geometry_of(model)).with_layer(0, LayerPlan((0,), (0, 1))).with_layer(3, LayerPlan((), ()))
+    apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
+    assert sum(weight.numel() for weight in model.parameters()) == plan.total_params
 
 
 @pytest.mark.parametrize("repair", ["least_squares", "bias"])
