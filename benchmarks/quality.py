@@ -285,7 +285,10 @@ def _figure(ppl: float) -> str:
 
 
 def plot(path: Path, record: dict[str, Any]) -> None:
-    """PPL over removed parameters, one line per method, one panel per test corpus (calibrated on the first corpus)."""
+    """PPL over removed parameters, one line per method, one panel per test corpus (calibrated on the first corpus).
+
+    Other tools' own code is dashed: its rows know no plan.
+    """
     from matplotlib.figure import Figure
 
     corpus = record["rows"][0]["calibration"]
@@ -299,16 +302,17 @@ def plot(path: Path, record: dict[str, Any]) -> None:
     names = sorted(
         {row["row"] for row in rows}, key=lambda name: min(r["results"]["wikitext2"]["ppl"] for r in rows if r["row"] == name)
     )
+    tools = {row["row"] for row in rows if row["channels"] is None}
     markers = "osD^vP*X<>hp8d"
     for axes, name in zip(panels, CORPORA, strict=True):
         base = record["dense"]["results"][name]["ppl"]
         for place, method in enumerate(names):
             points = sorted((row["removed"] / 1e6, row["results"][name]["ppl"]) for row in rows if row["row"] == method)
             style = {"linewidth": 2.5, "zorder": 5} if method in ("best", "default") else {"linewidth": 1.2}
-            marker = markers[place % len(markers)]
-            axes.plot(*zip((0, base), *points, strict=True), marker=marker, color=f"C{place % 10}", label=method, **style)
+            style |= {"marker": markers[place % len(markers)], "linestyle": "--" if method in tools else "-"}
+            axes.plot(*zip((0, base), *points, strict=True), color=f"C{place % 10}", label=method, **style)
         axes.set_yscale("log")
-        axes.set_ylim(top=PLOT_TOP)  # a collapsed model would squeeze the others into one line
+        axes.set_ylim(0.9 * base, PLOT_TOP)  # a collapsed model would squeeze the others into one line
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_title(f"{name} test")
