@@ -105,7 +105,7 @@ def test_a_search_meets_the_budget_improves_and_leaves_the_model_as_it_was(chang
     assert len(found) == state.generation + 1 and found == sorted(found, reverse=True)
     assert len(state.costs) == len(budget.sublayers) and sum(max(known.values()) for known in state.costs) > 0
     for known, (_, last) in zip(state.costs, level_limits(budget, request(), None), strict=True):
-        assert known.keys() == {round(last * step / 4) for step in range(1, 5)} - {0}
+        assert known.keys() == {round(last * step / 8) for step in range(1, 9)} - {0}
 
 
 def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_replaced():
