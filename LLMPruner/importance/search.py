@@ -189,7 +189,7 @@ def measure_costs(
     budget = fitness.database.budget
     state.costs = state.costs or [{} for _ in budget.sublayers]
     rounds = [[measured_levels(first, last, steps) for first, last in limits] for steps in COST_ROUNDS]
-    total = sum(len(set().union(*levels)) for levels in zip(*rounds, strict=True))
+    total = sum(map(len, rounds[-1]))  # finer rounds measure the coarser ones' levels too
     with tqdm(total=total, initial=sum(map(len, state.costs)), desc="costs", disable=None, leave=False) as progress:
         for count, levels in enumerate(rounds):
             for which, sublayer in enumerate(budget.sublayers):

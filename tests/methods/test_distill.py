@@ -129,7 +129,7 @@ def test_weights_learn_in_float32_while_the_arithmetic_stays_in_half_precision(m
 
     def watched(self, index, hidden):
         layer = self.decoder_layer(index)
-        handle = layer.mlp.down_proj.register_forward_hook(lambda *_, **__: seen.append(_[2].dtype))
+        handle = layer.mlp.down_proj.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
         output = step(self, index, hidden)
         handle.remove()
         return output
