@@ -184,7 +184,7 @@ class Bench:
 
     def improve(self, fitness: Fitness, budget: Budget, config: PruneConfig, limits: Any, state: SearchState):
         """The kept counts and unit scores of this budget, whatever the clock says: load must not change a plan."""
-        improve(fitness, budget, config, limits, self.run.seed, state, lambda _: None, math.inf)
+        improve(fitness, budget, config, limits, state, lambda _: None, math.inf)
         return budget.kept(state.levels), fitness.database.scores
 
 

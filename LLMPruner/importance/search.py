@@ -1,9 +1,11 @@
 """How much per layer, by measurement: the levels of all sublayers that give the least KL from the dense model.
 
-First every sublayer is shrunk alone to some of its levels, coarse ones before finer ones, healed, and the KL from the dense
-model measured on half of the held-out windows; dynamic programming over parameters turns these costs into a start. Then
-levels are shifted between sublayers and the KL of the whole pruned model on all of them decides: on fewer, the shifts fit
-these few (ZipLM, Kurtic et al. 2023; EvoPress, Sieberling et al. 2024; Tyr, Li et al. 2025).
+First every sublayer of the dense model is shrunk alone to a few of its levels, healed, and the KL from the dense model
+measured; dynamic programming over parameters turns these costs into a start (ZipLM, Kurtic et al. 2023). But what a sublayer
+costs in the dense model is not what it costs in a pruned one. So plans evolve: a generation shifts every sublayer of the best
+plan alone, either way, and dynamic programming over what that costs there gives its offspring (EvoPress, Sieberling et al.
+2024, and Tyr, Li et al. 2025, shift at random, which takes many more trials). Generations look at one half of the windows and
+then at the other, and the half that an offspring does not come from chooses: what suits a few windows alone does not last.
 KL and not perplexity is the fitness: perplexity would overfit its corpus. So does KL on one narrow corpus, which is why a part
 of the windows is the dense model's own text.
 """
@@ -40,15 +42,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("LLMPruner")
 
 # Into how many even steps a sublayer's levels are parted, round by round; the cost is measured there and interpolated between.
-# On SmolLM2 the last round corrects costs by 3 to 6%, and by 10% where nearly nothing is removed; it is what a search that is
-# short of time does without.
-COST_ROUNDS = (1, 2, 4, 8)
-OFFSPRING = 8  # mutants a generation
-SURVIVORS = 2  # of them measured on all windows; the others die on some of them
+# Coarse is enough for a start: what its sublayers cost is measured anew in every generation.
+COST_ROUNDS = (1, 2)
+SHIFT = 6  # a generation shifts a sublayer by this part of its levels
+WIDTHS = (1 / 3, 2 / 3, 1.0)  # of these shifts, as far as an offspring may go: sublayers shifted together cost more than alone
 CELLS = 4096  # resolution of the budget in dynamic programming
 STRIDE = 4  # every so many positions of a window count: neighbours say much the same, and the head is what costs
-STALE = 15  # generations without an improvement that end the search
-MEASURES = 4  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
+MEASURES = 5  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
 
 
 @dataclass
@@ -60,6 +60,7 @@ class SearchState:
     fitness: float | None = None  # its KL, nats a token
     generation: int = 0
     stale: int = 0  # generations since the last improvement
+    shifts: list[dict[int, float]] = field(default_factory=list)  # like costs, of the best plan, in the generation under way
 
     def save(self, path: Path, key: dict[str, Any]) -> None:
         """Write the state as JSON; `key` says which search it belongs to."""
@@ -73,7 +74,8 @@ class SearchState:
             raise UsageError(f"--resume: {path} is of a search with other settings: repeat its command, or search anew")
         try:
             state = cls(**data)
-            state.costs = [{int(level): cost for level, cost in known.items()} for known in state.costs]  # JSON's keys are text
+            for name in ("costs", "shifts"):  # JSON's keys are text
+                setattr(state, name, [{int(level): kl for level, kl in known.items()} for known in getattr(state, name)])
         except (TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"--resume: {path} is not a search state: {error}") from error
         return state
@@ -83,12 +85,14 @@ class Fitness:
     """KL(dense || changed), nats a token, over held-out windows `(n, seq_len)`.
 
     Hidden states before every layer of an adopted plan are cached, so a changed plan runs from its first changed layer on.
-    Some measures are content with the first windows: these should be like all.
+    Some measures are content with a part of the windows: every part should be like all.
     """
 
     def __init__(self, database: Database, windows: torch.Tensor) -> None:
         self.database, self.runner, self.windows = database, database.runner, windows
-        self.some = max(1, len(windows) // 2)  # windows for costs, and for the first look at a mutant
+        self.some = slice(0, -(-len(windows) // 4))  # windows for the costs
+        half = max(1, len(windows) // 2)
+        self.halves = slice(0, half), slice(half if len(windows) > 1 else 0, None)
         self.levels = [0] * len(database.budget.sublayers)
         self._hidden = self._prefixes()
         self._dense = self._hidden[-1]
@@ -100,16 +104,25 @@ class Fitness:
             self._hidden = self._prefixes()
         return self._divergence(self._hidden[-1])
 
-    def measure(self, levels: Sequence[int], count: int | None = None) -> float:
-        """The KL of `levels`, on the first `count` windows (None: all)."""
+    def measure(self, levels: Sequence[int], part: slice = slice(None)) -> float:
+        """The KL of `levels` on `part` of the windows."""
         pairs = zip(self.database.budget.sublayers, levels, self.levels, strict=True)
         start = min((sublayer.layer for sublayer, new, old in pairs if new != old), default=self.runner.num_layers)
         with self.database.replaced(levels, start):
-            last = self.runner.layers(self._hidden[start][:count], start)
-        return self._divergence(last)
+            last = self.runner.layers(self._hidden[start][part], start)
+        return self._divergence(last, part)
 
-    def _divergence(self, last: torch.Tensor) -> float:
-        return self.runner.divergence(last[:, ::STRIDE], self._dense[: len(last), ::STRIDE])
+    def alone(self, which: int, level: int, part: slice) -> float:
+        """The KL of the adopted plan with sublayer `which` alone at `level`. Raises RunError where it is not finite."""
+        levels = [*self.levels[:which], level, *self.levels[which + 1 :]]
+        found = self.measure(levels, part)
+        if not math.isfinite(found):
+            sublayer = self.database.budget.sublayers[which]
+            raise RunError(f"the KL without a part of layer {sublayer.layer}'s {sublayer.kind} is {found}: try --dtype float32")
+        return found
+
+    def _divergence(self, last: torch.Tensor, part: slice = slice(None)) -> float:
+        return self.runner.divergence(last[:, ::STRIDE], self._dense[part, ::STRIDE])
 
     def _prefixes(self) -> list[torch.Tensor]:
         hidden = [self.runner.embed(self.windows)]
@@ -133,7 +146,7 @@ def search(
 ) -> tuple[dict[tuple[int, str], int], list[UnitScores]]:
     """Kept units of every sublayer by `(layer, kind)`, and the scores by which they are chosen.
 
-    `calibration` feeds statistics and healing, `held_out` the KL, its first half the costs. `limits` are the first and last
+    `calibration` feeds statistics and healing, `held_out` the KL, its first quarter the costs. `limits` are the first and last
     level of each sublayer; `state` is where to begin, and `save` gets it after every step. Past `deadline` (of
     `time.monotonic`) the best plan so far wins; there is none before every sublayer was measured once.
     """
@@ -141,7 +154,7 @@ def search(
     fill_database(database, config, calibration, seed)
     fitness = Fitness(database, held_out)
     measure_costs(fitness, limits, state, save, deadline)
-    improve(fitness, budget, config, limits, seed, state, save, deadline)
+    improve(fitness, budget, config, limits, state, save, deadline)
     return budget.kept(state.levels), database.scores
 
 
@@ -150,22 +163,22 @@ def improve(
     budget: Budget,
     config: PruneConfig,
     limits: Sequence[tuple[int, int]],
-    seed: int,
     state: SearchState,
     save: Callable[[SearchState], None],
     deadline: float,
 ) -> None:
-    """Find `state.levels` for the budget: dynamic programming over the measured costs, then shifts until `deadline`."""
-    if state.generation == 0:
+    """Find `state.levels` for the budget: dynamic programming over the measured costs, then generations until `deadline`."""
+    if state.generation == 0 and not state.shifts:
         state.levels = cheapest_levels(state.costs, budget, limits)
     state.fitness = fitness.adopt(state.levels)
     logger.info("search: generation %d, KL %.4f", state.generation, state.fitness)
     save(state)
-    while state.generation < config.search_generations and state.stale < STALE:
+    while state.generation < config.search_generations and state.stale < len(fitness.halves):  # then nothing new would come
         if time.monotonic() > deadline:
             logger.warning("search: %g minutes are over after generation %d", config.search_minutes, state.generation)
             break
-        _evolve(state, fitness, budget, limits, random.Random(f"{seed} {state.generation}"))
+        measure_shifts(fitness, limits, state, save, deadline)
+        _evolve(fitness, state)
         save(state)
 
 
@@ -197,7 +210,7 @@ def measure_costs(
                     logger.warning("search: the time is over in round %d of %d of the costs", count + 1, len(rounds))
                     return
                 for level in sorted(levels[which] - state.costs[which].keys()):
-                    cost = state.costs[which][level] = sublayer_cost(fitness, which, level)
+                    cost = state.costs[which][level] = fitness.alone(which, level, fitness.some)
                     kept = sublayer.levels[level]
                     logger.info("search: layer %2d %s, %d kept: KL %.5f", sublayer.layer, sublayer.kind, kept, cost)
                     save(state)
@@ -211,21 +224,14 @@ def measured_levels(first: int, last: int, steps: int) -> set[int]:
     return {first + round((last - first) * step / steps) for step in range(1, steps + 1)} - {0}
 
 
-def sublayer_cost(fitness: Fitness, which: int, level: int) -> float:
-    """The KL with sublayer `which` alone at `level`, on some of the windows. Raises RunError where it is not finite."""
-    levels = [0] * len(fitness.database.budget.sublayers)
-    levels[which] = level
-    cost = fitness.measure(levels, fitness.some)
-    if not math.isfinite(cost):
-        sublayer = fitness.database.budget.sublayers[which]
-        raise RunError(f"the KL without a part of layer {sublayer.layer}'s {sublayer.kind} is {cost}: try --dtype float32")
-    return cost
-
-
 def cheapest_levels(costs: Sequence[Mapping[int, float]], budget: Budget, limits: Sequence[tuple[int, int]]) -> list[int]:
     """Levels that meet the budget with the least sum of costs, by dynamic programming."""
     every = [interpolated(known, len(sublayer.levels)) for known, sublayer in zip(costs, budget.sublayers, strict=True)]
-    levels = knapsack(every, budget.sublayers, limits, budget.target)
+    return _cheapest(every, budget, limits)
+
+
+def _cheapest(costs: Sequence[Sequence[float]], budget: Budget, limits: Sequence[tuple[int, int]]) -> list[int]:
+    levels = knapsack(costs, budget.sublayers, limits, budget.target)
     wanted = [float(sublayer.removed(level)) for sublayer, level in zip(budget.sublayers, levels, strict=True)]
     return round_levels(budget.target, budget.sublayers, limits, wanted)
 
@@ -266,34 +272,60 @@ def knapsack(
     return levels[::-1]
 
 
-def _evolve(
-    state: SearchState, fitness: Fitness, budget: Budget, limits: Sequence[tuple[int, int]], rng: random.Random
+def measure_shifts(
+    fitness: Fitness,
+    limits: Sequence[tuple[int, int]],
+    state: SearchState,
+    save: Callable[[SearchState], None],
+    deadline: float,
 ) -> None:
-    """One generation: mutants of the best plan, most of them measured on half of the windows only; the best one may win."""
-    mutants: list[list[int]] = []
-    for _ in range(10 * OFFSPRING):
-        mutant = mutate(state.levels, budget, limits, rng)
-        if mutant != state.levels and mutant not in mutants:
-            mutants.append(mutant)
-        if len(mutants) == OFFSPRING:
-            break
-    mutants.sort(key=lambda levels: fitness.measure(levels, fitness.some))
-    best = min(((fitness.measure(levels), levels) for levels in mutants[:SURVIVORS]), default=None)
+    """Fill `state.shifts`: the KL of the best plan with each sublayer alone shifted either way, on this generation's windows.
+
+    What `deadline` leaves unmeasured stays where it is; the order is random, so that it may be of any layer.
+    """
+    state.shifts = state.shifts or [{} for _ in limits]
+    part = fitness.halves[state.generation % 2]
+    wanted = [(which, level) for which in range(len(limits)) for level in shifted(state.levels[which], limits[which])]
+    random.Random(state.generation).shuffle(wanted)
+    for which, level in tqdm(wanted, desc=f"generation {state.generation + 1}", disable=None, leave=False):
+        if level not in state.shifts[which] and time.monotonic() <= deadline:
+            state.shifts[which][level] = fitness.alone(which, level, part)
+            save(state)
+
+
+def shifted(level: int, limits: tuple[int, int]) -> list[int]:
+    """The levels that a generation tries instead of `level`: one that removes less, one that removes more."""
+    low, high = limits
+    step = max(1, (high - low) // SHIFT)
+    return sorted({max(low, level - step), min(high, level + step)} - {level})
+
+
+def _evolve(fitness: Fitness, state: SearchState) -> None:
+    """One generation: of the offspring the one that is best on windows that it does not come from may win on all."""
+    fit, unseen = fitness.halves[:: -1 if state.generation % 2 else 1]
+    base = fitness.measure(state.levels, fit)
+    offspring = [shifted_levels(state, base, fitness.database.budget, width) for width in WIDTHS]
+    best = min(offspring, key=lambda levels: fitness.measure(levels, unseen))
+    kl = fitness.measure(best)
     state.generation += 1
     state.stale += 1
-    if best is not None and best[0] < state.fitness:
-        state.levels, state.stale = best[1], 0
-        state.fitness = fitness.adopt(state.levels)
+    state.shifts = []
+    if kl < state.fitness:
+        state.levels, state.stale = best, 0
+        state.fitness = fitness.adopt(best)
     logger.info("search: generation %d, KL %.4f", state.generation, state.fitness)
 
 
-def mutate(levels: Sequence[int], budget: Budget, limits: Sequence[tuple[int, int]], rng: random.Random) -> list[int]:
-    """Shift a few steps from some sublayers to others; the budget is met as before."""
-    sublayers = budget.sublayers
-    wanted = [float(sublayer.removed(level)) for sublayer, level in zip(sublayers, levels, strict=True)]
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        more, less = rng.sample(range(len(levels)), 2) if len(levels) > 1 else (0, 0)
-        shift = rng.choice((1, 1, 2, 3)) * max(sublayers[more].removed(1), sublayers[less].removed(1))
-        wanted[more] += shift
-        wanted[less] -= shift
-    return round_levels(budget.target, sublayers, limits, wanted)
+def shifted_levels(state: SearchState, base: float, budget: Budget, width: float) -> list[int]:
+    """Levels that meet the budget with the least sum of costs, each at most `width` of its measured shifts away.
+
+    `base` is the KL of the plan that was shifted.
+    """
+    import numpy
+
+    costs, limits = [], []
+    for known, level, sublayer in zip(state.shifts, state.levels, budget.sublayers, strict=True):
+        points = dict(sorted((known | {level: base}).items()))
+        costs.append(numpy.interp(range(len(sublayer.levels)), list(points), list(points.values())))
+        limits.append((level - math.ceil(width * (level - min(points))), level + math.ceil(width * (max(points) - level))))
+    return _cheapest(costs, budget, limits)

@@ -1,4 +1,4 @@
-"""The search: exact dynamic programming, mutants within the budget, a database that leaves the model as it was."""
+"""The search: exact dynamic programming, offspring within the budget, a database that leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from LLMPruner.importance.search import (
     interpolated,
     knapsack,
     measured_levels,
-    mutate,
     search,
-    sublayer_cost,
+    shifted,
+    shifted_levels,
 )
 from LLMPruner.methods.apply import apply_plan
 
@@ -73,20 +73,41 @@ def test_dynamic_programming_finds_the_cheapest_levels_there_are(seed):
 
 
 @given(st.integers(0, 10**6))
-def test_mutants_meet_the_budget_within_their_limits(seed):
+def test_offspring_meet_the_budget_within_their_limits_and_shifts(seed):
     config = request(max_pruning_rate=0.7, freeze_top_n_layers=1)
     budget = make_budget(geometry_of(MODEL), config)
     limits = level_limits(budget, config, [1.0, 5.0, 2.0, 3.0])
     assert limits[2] == limits[3] == (0, 0), "layer 1 is the most important one"
-    levels, rng = (
-        knapsack([[0.1 * i for i in range(len(s.levels))] for s in budget.sublayers], budget.sublayers, limits, budget.target),
-        random.Random(seed),
-    )
-    for _ in range(5):
-        levels = mutate(levels, budget, limits, rng)
+    costs, rng = [[0.1 * i for i in range(len(s.levels))] for s in budget.sublayers], random.Random(seed)
+    state = SearchState(levels=knapsack(costs, budget.sublayers, limits, budget.target))
+    for width in (1 / 3, 2 / 3, 1.0):
+        state.shifts = [{level: rng.random() for level in shifted(*pair)} for pair in zip(state.levels, limits, strict=True)]
+        levels = shifted_levels(state, 0.5, budget, width)
         removed = sum(s.removed(level) for s, level in zip(budget.sublayers, levels, strict=True))
         assert budget.target <= removed < budget.target + 4 * budget.geometry.channel_params + budget.geometry.group_params
-        assert all(low <= level <= high for level, (low, high) in zip(levels, limits, strict=True))
+        for level, before, known, (low, high) in zip(levels, state.levels, state.shifts, limits, strict=True):
+            assert low <= level <= high
+            assert abs(level - before) <= math.ceil(width * max((abs(other - before) for other in known), default=0))
+        state.levels = levels
+
+
+def test_offspring_take_from_where_it_costs_little_and_give_to_where_it_costs_much():
+    """Two sublayers of equal units: one is cheap to shrink further, the other dear; what the clock left unmeasured stays."""
+    sublayers = [Sublayer(layer, "mlp", tuple(range(9, 0, -1)), 10) for layer in range(3)]
+    budget = SimpleNamespace(sublayers=sublayers, target=120)
+    shifts = [{2: 0.9, 6: 1.1}, {2: 0.2, 6: 3.0}, {}]
+    state = SearchState(levels=[4, 4, 4], shifts=shifts)
+    assert shifted_levels(state, 1.0, budget, 1.0) == [6, 2, 4]
+    assert shifted_levels(state, 1.0, budget, 0.5) == [5, 3, 4]
+    state.shifts = [{2: 0.2, 6: 3.0}, {2: 0.9, 6: 1.1}, {}]
+    assert shifted_levels(state, 1.0, budget, 1.0) == [2, 6, 4]
+    state.shifts = [{2: 0.9, 6: 1.5}, {2: 0.9, 6: 1.5}, {2: 0.9, 6: 1.5}]
+    assert shifted_levels(state, 1.0, budget, 1.0) == [4, 4, 4], "every shift costs more than it gives"
+
+
+def test_a_generation_shifts_by_a_part_of_the_levels_within_the_limits():
+    assert shifted(9, (0, 18)) == [6, 12] and shifted(1, (0, 18)) == [0, 4] and shifted(18, (0, 18)) == [15]
+    assert shifted(1, (0, 2)) == [0, 2] and shifted(0, (0, 0)) == [], "KV groups one by one; nothing where there is no choice"
 
 
 MODEL = tiny_model()
@@ -102,10 +123,10 @@ def test_a_search_meets_the_budget_improves_and_leaves_the_model_as_it_was(chang
     assert budget.target <= plan.removed_params < budget.target + step
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     found = [value for value in history if value is not None]
-    assert len(found) == state.generation + 1 and found == sorted(found, reverse=True)
+    assert found == sorted(found, reverse=True) and found[-1] == state.fitness
     assert len(state.costs) == len(budget.sublayers) and sum(max(known.values()) for known in state.costs) > 0
     for known, (_, last) in zip(state.costs, level_limits(budget, request(), None), strict=True):
-        assert known.keys() == {round(last * step / 8) for step in range(1, 9)} - {0}
+        assert known.keys() == {round(last / 2), last} - {0}
 
 
 def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_replaced():
@@ -118,12 +139,12 @@ def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_rep
     which = 3  # the MLP of layer 1
     held_out = random_windows(16, 16, seed=2)
     fitness = Fitness(database, held_out)
-    cost = sublayer_cost(fitness, which, len(budget.sublayers[which].levels) - 1)
+    cost = fitness.alone(which, len(budget.sublayers[which].levels) - 1, fitness.some)
     pruned = tiny_model()
     kept = {(1, "mlp"): budget.sublayers[which].levels[-1]}
     apply_plan(LayerRunner(pruned), build_plan(budget.geometry, kept, scores))
     with torch.no_grad():
-        some = held_out[:8]  # costs look at the first half, and at every fourth position of it
+        some = held_out[:4]  # costs look at the first quarter, and at every fourth position of it
         dense, other = (m(some).logits[:, ::4].log_softmax(-1) for m in (model, pruned))
     expected = (dense.exp() * (dense - other)).sum(-1).mean()
     assert cost == pytest.approx(expected.item(), rel=1e-3)
@@ -161,8 +182,9 @@ def test_the_healed_weights_of_the_database_are_those_of_the_repair_on_dense_act
 
 def test_a_state_is_refused_for_another_search(tmp_path):
     path = tmp_path / "search_state.json"
-    SearchState([{2: 1.0}], [1], 0.5, 3, 1).save(path, {"seed": 1})
-    assert SearchState.load(path, {"seed": 1}) == SearchState([{2: 1.0}], [1], 0.5, 3, 1)
+    state = SearchState([{2: 1.0}], [1], 0.5, 3, 1, [{3: 0.7}])
+    state.save(path, {"seed": 1})
+    assert SearchState.load(path, {"seed": 1}) == state
     path.write_text('{"key": {"seed": 1}, "costs": [[0.0, 1.0]]}')
     with pytest.raises(UsageError, match="not a search state"):
         SearchState.load(path, {"seed": 1})
@@ -174,24 +196,50 @@ def test_a_state_is_refused_for_another_search(tmp_path):
         SearchState.load(path, {"seed": 1})
 
 
-@pytest.mark.parametrize("more", [0, 1, 3])
-def test_time_that_is_over_ends_the_search_with_the_best_plan_so_far(monkeypatch, more):
-    """Every sublayer is measured once, whatever the clock says; finer levels and shifts only while there is time."""
-    budget, measured = make_budget(geometry_of(MODEL), request()), []
-    first = [(which, high) for which, (_, high) in enumerate(level_limits(budget, request(), None))]
-    measure = search_module.sublayer_cost
-    monkeypatch.setattr(search_module, "sublayer_cost", lambda *args: measured.append(args[1:]) or measure(*args))
+@pytest.fixture
+def measures(monkeypatch):
+    """What was measured of single sublayers: `(which, level, part)`; the clock goes on by one a measure."""
+    measured, measure = [], Fitness.alone
+    monkeypatch.setattr(Fitness, "alone", lambda self, *args: measured.append(args) or measure(self, *args))
     monkeypatch.setattr(search_module, "time", SimpleNamespace(monotonic=lambda: len(measured)))
+    return measured
+
+
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_time_that_is_over_ends_the_search_with_the_best_plan_so_far(measures, more):
+    """Every sublayer is measured once, whatever the clock says; finer levels and shifts only while there is time."""
+    budget = make_budget(geometry_of(MODEL), request())
+    first = [(which, high) for which, (_, high) in enumerate(level_limits(budget, request(), None))]
     deadline = len(first) + more - 1  # `more` measures fit into the time that is left after the first of every sublayer
     _, kept, _, state = run(tiny_model(), request(), deadline=deadline)
-    assert measured[: len(first)] == first and len(measured) == len(first) + more
+    assert [args[:2] for args in measures[: len(first)]] == first and len(measures) == len(first) + more
     assert state.generation == 0 and kept == budget.kept(state.levels)
+
+
+def test_a_generation_that_runs_out_of_time_leaves_the_unmeasured_sublayers_as_they_are(measures):
+    start = run(tiny_model(), replace(request(), search_generations=0))[3]
+    before = 2 * len(measures)  # the second run's costs included
+    *_, state = run(tiny_model(), request(), deadline=before + 2)
+    shifts = measures[before:]
+    assert len(shifts) == 3 and state.generation == 1
+    moved = {which for which, pair in enumerate(zip(start.levels, state.levels, strict=True)) if len(set(pair)) > 1}
+    assert moved <= {which for which, *_ in shifts}
+
+
+def test_generations_look_at_the_halves_in_turn_and_end_when_both_are_exhausted(measures):
+    history = []
+    config = replace(request(), search_generations=50)
+    *_, state = run(tiny_model(), config, save=lambda state: history.append(state.fitness))
+    turns = [part for part, _ in itertools.groupby((part.start, part.stop) for _, _, part in measures)]
+    assert turns[0] == (0, 1) and turns[1:] == ([(0, 2), (2, None)] * state.generation)[: state.generation]
+    assert 2 < state.generation < 50 and state.stale == 2
+    assert state.fitness < next(kl for kl in history if kl is not None)
 
 
 def test_a_search_that_ran_out_of_time_continues_to_the_plan_of_one_with_time(monkeypatch):
     """Costs that rise with the square of what is removed: the plan by the coarsest levels, straight lines, is another one."""
     measured, config = [], replace(request(), search_generations=0)
-    monkeypatch.setattr(search_module, "sublayer_cost", lambda _, *level: measured.append(level) or level[1] ** 2)
+    monkeypatch.setattr(Fitness, "alone", lambda self, *args: measured.append(args[:2]) or args[1] ** 2)
     monkeypatch.setattr(search_module, "time", SimpleNamespace(monotonic=lambda: len(measured)))
     whole = run(tiny_model(), config)[3]
     part = run(tiny_model(), config, deadline=0)[3]
