@@ -154,7 +154,7 @@ def add_prune_flags(parser: argparse.ArgumentParser) -> None:
     layers.add_argument("--layer_importance_config", metavar="FILE", help="layer_importance_config.json of an earlier run")
 
     search = parser.add_argument_group("search")
-    add(search, "search_generations", "generations of shifted plans after the start", type=int)
+    add(search, "search_generations", "generations after the start, each a measured shift of every sublayer", type=int)
     add(search, "search_tokens", "held-out tokens that KL is measured on, half of them written by the dense model", type=int)
     add(search, "search_minutes", "minutes until the best plan so far is taken, once every sublayer was measured", type=float)
     add(search, "resume", "continue the interrupted search of this experiment", action=Switch)
