@@ -5,19 +5,17 @@ measured; dynamic programming over parameters turns these costs into a start (Zi
 costs in the dense model is not what it costs in a pruned one. So plans evolve: a generation shifts every sublayer of the best
 plan alone, either way, and dynamic programming over what that costs there gives its offspring (EvoPress, Sieberling et al.
 2024, and Tyr, Li et al. 2025, shift at random, which takes many more trials). Generations look at one half of the windows and
-then at the other, and the half that an offspring does not come from chooses: what suits a few windows alone does not last.
+then at the other, and an offspring must be better on the half that it does not come from, too.
 KL and not perplexity is the fitness: perplexity would overfit its corpus. So does KL on one narrow corpus, which is why a part
 of the windows is the dense model's own text.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +25,10 @@ from tqdm import tqdm
 from LLMPruner.checkpoint import write_json
 from LLMPruner.config import PruneConfig
 from LLMPruner.errors import RunError, UsageError
-from LLMPruner.importance.allocation import Budget, Sublayer, round_levels
+from LLMPruner.importance.allocation import Budget
 from LLMPruner.importance.criteria import CRITERIA, UnitScores, gather_statistics, score_layer
 from LLMPruner.importance.database import Database
+from LLMPruner.importance.knapsack import cheapest_levels, costs_between, measured_levels
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.methods.sublayers import KINDS
 from LLMPruner.run import read_json_file
@@ -41,12 +40,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("LLMPruner")
 
-# Into how many even steps a sublayer's levels are parted, round by round; the cost is measured there and interpolated between.
+# Into how many even steps a sublayer's levels are parted, round by round; the cost is measured there, straight lines between.
 # Coarse is enough for a start: what its sublayers cost is measured anew in every generation.
 COST_ROUNDS = (1, 2)
-SHIFT = 6  # a generation shifts a sublayer by this part of its levels
-WIDTHS = (1 / 3, 2 / 3, 1.0)  # of these shifts, as far as an offspring may go: sublayers shifted together cost more than alone
-CELLS = 4096  # resolution of the budget in dynamic programming
+SHIFT = 1 / 6  # by this part of the levels that a sublayer may take a generation shifts it
+# As far as an offspring may go of these shifts, in whole levels: sublayers shifted together cost more than each alone.
+WIDTHS = (1 / 3, 2 / 3, 1.0)
 STRIDE = 4  # every so many positions of a window count: neighbours say much the same, and the head is what costs
 MEASURES = 5  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
 
@@ -85,14 +84,14 @@ class Fitness:
     """KL(dense || changed), nats a token, over held-out windows `(n, seq_len)`.
 
     Hidden states before every layer of an adopted plan are cached, so a changed plan runs from its first changed layer on.
-    Some measures are content with a part of the windows: every part should be like all.
+    Most measures are content with a part of the windows: every part should be like all, which takes four or more.
     """
 
     def __init__(self, database: Database, windows: torch.Tensor) -> None:
         self.database, self.runner, self.windows = database, database.runner, windows
         self.some = slice(0, -(-len(windows) // 4))  # windows for the costs
-        half = max(1, len(windows) // 2)
-        self.halves = slice(0, half), slice(half if len(windows) > 1 else 0, None)
+        half = len(windows) // 2
+        self.halves = (slice(0, half), slice(half, None)) if half else (slice(None),)
         self.levels = [0] * len(database.budget.sublayers)
         self._hidden = self._prefixes()
         self._dense = self._hidden[-1]
@@ -115,11 +114,12 @@ class Fitness:
     def alone(self, which: int, level: int, part: slice) -> float:
         """The KL of the adopted plan with sublayer `which` alone at `level`. Raises RunError where it is not finite."""
         levels = [*self.levels[:which], level, *self.levels[which + 1 :]]
-        found = self.measure(levels, part)
-        if not math.isfinite(found):
-            sublayer = self.database.budget.sublayers[which]
-            raise RunError(f"the KL without a part of layer {sublayer.layer}'s {sublayer.kind} is {found}: try --dtype float32")
-        return found
+        kl, sublayer = self.measure(levels, part), self.database.budget.sublayers[which]
+        if not math.isfinite(kl):
+            raise RunError(f"the KL without a part of layer {sublayer.layer}'s {sublayer.kind} is {kl}: try --dtype float32")
+        kept = sublayer.levels[level]
+        logger.info("search: layer %2d %s, %d kept: KL %.5f", sublayer.layer, sublayer.kind, kept, kl)
+        return kl
 
     def _divergence(self, last: torch.Tensor, part: slice = slice(None)) -> float:
         return self.runner.divergence(last[:, ::STRIDE], self._dense[part, ::STRIDE])
@@ -169,15 +169,17 @@ def improve(
 ) -> None:
     """Find `state.levels` for the budget: dynamic programming over the measured costs, then generations until `deadline`."""
     if state.generation == 0 and not state.shifts:
-        state.levels = cheapest_levels(state.costs, budget, limits)
+        costs = [costs_between({0: 0.0} | known, len(s.levels)) for known, s in zip(state.costs, budget.sublayers, strict=True)]
+        state.levels = cheapest_levels(costs, budget, limits)
     state.fitness = fitness.adopt(state.levels)
+    if not math.isfinite(state.fitness):
+        raise RunError(f"the KL of the pruned model is {state.fitness}: try --dtype float32, or a lower --pruning_ratio")
     logger.info("search: generation %d, KL %.4f", state.generation, state.fitness)
     save(state)
     while state.generation < config.search_generations and state.stale < len(fitness.halves):  # then nothing new would come
-        if time.monotonic() > deadline:
+        if not measure_shifts(fitness, limits, state, save, deadline):
             logger.warning("search: %g minutes are over after generation %d", config.search_minutes, state.generation)
             break
-        measure_shifts(fitness, limits, state, save, deadline)
         _evolve(fitness, state)
         save(state)
 
@@ -199,77 +201,19 @@ def measure_costs(
     deadline: float,
 ) -> None:
     """Fill `state.costs`, coarse levels of all sublayers before finer ones: past `deadline` the finer ones stay unknown."""
-    budget = fitness.database.budget
-    state.costs = state.costs or [{} for _ in budget.sublayers]
+    state.costs = state.costs or [{} for _ in limits]
     rounds = [[measured_levels(first, last, steps) for first, last in limits] for steps in COST_ROUNDS]
     total = sum(map(len, rounds[-1]))  # finer rounds measure the coarser ones' levels too
     with tqdm(total=total, initial=sum(map(len, state.costs)), desc="costs", disable=None, leave=False) as progress:
         for count, levels in enumerate(rounds):
-            for which, sublayer in enumerate(budget.sublayers):
+            for which in range(len(limits)):
                 if count and time.monotonic() > deadline:
                     logger.warning("search: the time is over in round %d of %d of the costs", count + 1, len(rounds))
                     return
                 for level in sorted(levels[which] - state.costs[which].keys()):
-                    cost = state.costs[which][level] = fitness.alone(which, level, fitness.some)
-                    kept = sublayer.levels[level]
-                    logger.info("search: layer %2d %s, %d kept: KL %.5f", sublayer.layer, sublayer.kind, kept, cost)
+                    state.costs[which][level] = fitness.alone(which, level, fitness.some)
                     save(state)
                     progress.update()
-
-
-def measured_levels(first: int, last: int, steps: int) -> set[int]:
-    """The levels that part those from `first` to `last` into `steps` even steps; none where there is no choice."""
-    if first == last:
-        return set()
-    return {first + round((last - first) * step / steps) for step in range(1, steps + 1)} - {0}
-
-
-def cheapest_levels(costs: Sequence[Mapping[int, float]], budget: Budget, limits: Sequence[tuple[int, int]]) -> list[int]:
-    """Levels that meet the budget with the least sum of costs, by dynamic programming."""
-    every = [interpolated(known, len(sublayer.levels)) for known, sublayer in zip(costs, budget.sublayers, strict=True)]
-    return _cheapest(every, budget, limits)
-
-
-def _cheapest(costs: Sequence[Sequence[float]], budget: Budget, limits: Sequence[tuple[int, int]]) -> list[int]:
-    levels = knapsack(costs, budget.sublayers, limits, budget.target)
-    wanted = [float(sublayer.removed(level)) for sublayer, level in zip(budget.sublayers, levels, strict=True)]
-    return round_levels(budget.target, budget.sublayers, limits, wanted)
-
-
-def interpolated(known: Mapping[int, float], count: int) -> list[float]:
-    """The cost of each of `count` levels: nothing at the first, as measured where it is known, linear between.
-
-    What removes more counts as no better: a cost below that of a smaller cut is the noise of few tokens.
-    """
-    import numpy
-
-    points = sorted(known)
-    costs = list(itertools.accumulate([0.0, *(known[point] for point in points)], max))
-    return numpy.interp(range(count), [0, *points], costs).tolist()
-
-
-def knapsack(
-    costs: Sequence[Sequence[float]], sublayers: Sequence[Sublayer], limits: Sequence[tuple[int, int]], target: int
-) -> list[int]:
-    """Levels with the least sum of costs that remove `target` parameters or more (dynamic programming over CELLS cells)."""
-    import numpy
-
-    cell = max(1, target // CELLS)
-    goal = -(-target // cell)
-    best = numpy.full(goal + 1, numpy.inf)  # best[p]: least cost of removing p cells or more
-    best[0] = 0.0
-    choices = []
-    for cost, sublayer, (low, high) in zip(costs, sublayers, limits, strict=True):
-        steps = [sublayer.removed(level) // cell for level in range(low, high + 1)]  # never less is removed than counted
-        reach = numpy.stack([best[numpy.maximum(numpy.arange(goal + 1) - step, 0)] for step in steps])
-        total = reach + numpy.array(cost[low : high + 1])[:, None]  # (levels, cells)
-        choices.append((total.argmin(0), steps))
-        best = total.min(0)
-    levels, place = [], goal
-    for (choice, steps), (low, _) in zip(reversed(choices), reversed(limits), strict=True):
-        levels.append(low + int(choice[place]))
-        place = max(place - steps[choice[place]], 0)
-    return levels[::-1]
 
 
 def measure_shifts(
@@ -278,54 +222,54 @@ def measure_shifts(
     state: SearchState,
     save: Callable[[SearchState], None],
     deadline: float,
-) -> None:
+) -> bool:
     """Fill `state.shifts`: the KL of the best plan with each sublayer alone shifted either way, on this generation's windows.
 
-    What `deadline` leaves unmeasured stays where it is; the order is random, so that it may be of any layer.
+    Returns False where `deadline` came first; a resumed search measures the rest.
     """
     state.shifts = state.shifts or [{} for _ in limits]
-    part = fitness.halves[state.generation % 2]
+    part = fitness.halves[state.generation % len(fitness.halves)]
     wanted = [(which, level) for which in range(len(limits)) for level in shifted(state.levels[which], limits[which])]
-    random.Random(state.generation).shuffle(wanted)
     for which, level in tqdm(wanted, desc=f"generation {state.generation + 1}", disable=None, leave=False):
-        if level not in state.shifts[which] and time.monotonic() <= deadline:
+        if time.monotonic() > deadline:
+            return False
+        if level not in state.shifts[which]:
             state.shifts[which][level] = fitness.alone(which, level, part)
             save(state)
+    return True
 
 
 def shifted(level: int, limits: tuple[int, int]) -> list[int]:
     """The levels that a generation tries instead of `level`: one that removes less, one that removes more."""
     low, high = limits
-    step = max(1, (high - low) // SHIFT)
+    step = max(1, int(SHIFT * (high - low)))
     return sorted({max(low, level - step), min(high, level + step)} - {level})
 
 
 def _evolve(fitness: Fitness, state: SearchState) -> None:
-    """One generation: of the offspring the one that is best on windows that it does not come from may win on all."""
-    fit, unseen = fitness.halves[:: -1 if state.generation % 2 else 1]
-    base = fitness.measure(state.levels, fit)
-    offspring = [shifted_levels(state, base, fitness.database.budget, width) for width in WIDTHS]
-    best = min(offspring, key=lambda levels: fitness.measure(levels, unseen))
-    kl = fitness.measure(best)
+    """One generation: the offspring that is best on windows that it does not come from may take the best plan's place."""
+    turn = state.generation % len(fitness.halves)
+    fit, unseen = fitness.halves[turn], fitness.halves[turn - 1]
+    base, rival = (fitness.measure(state.levels, part) for part in (fit, unseen))
+    offspring = {tuple(shifted_levels(state, base, fitness.database.budget, width)) for width in WIDTHS} - {tuple(state.levels)}
+    kl, best = min(((fitness.measure(levels, unseen), levels) for levels in offspring), default=(rival, None))
     state.generation += 1
     state.stale += 1
     state.shifts = []
-    if kl < state.fitness:
-        state.levels, state.stale = best, 0
-        state.fitness = fitness.adopt(best)
+    if kl < rival and (total := fitness.measure(best)) < state.fitness:
+        fitness.adopt(best)
+        state.levels, state.fitness, state.stale = list(best), total, 0
     logger.info("search: generation %d, KL %.4f", state.generation, state.fitness)
 
 
 def shifted_levels(state: SearchState, base: float, budget: Budget, width: float) -> list[int]:
-    """Levels that meet the budget with the least sum of costs, each at most `width` of its measured shifts away.
+    """Levels that meet the budget with the least sum of costs, each at most `width` of its shifts away, rounded up.
 
-    `base` is the KL of the plan that was shifted.
+    `base` is the KL of the plan that was shifted, on the same windows.
     """
-    import numpy
-
     costs, limits = [], []
     for known, level, sublayer in zip(state.shifts, state.levels, budget.sublayers, strict=True):
-        points = dict(sorted((known | {level: base}).items()))
-        costs.append(numpy.interp(range(len(sublayer.levels)), list(points), list(points.values())))
-        limits.append((level - math.ceil(width * (level - min(points))), level + math.ceil(width * (max(points) - level))))
-    return _cheapest(costs, budget, limits)
+        costs.append(costs_between(known | {level: base}, len(sublayer.levels)))
+        low, high = min({*known, level}), max({*known, level})
+        limits.append((level - math.ceil(width * (level - low)), level + math.ceil(width * (high - level))))
+    return cheapest_levels(costs, budget, limits)
