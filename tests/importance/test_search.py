@@ -114,7 +114,8 @@ def test_a_plan_that_just_meets_a_large_budget_may_stay():
     levels = [1 if sublayer.kind == "attention" else 9 for sublayer in sublayers]
     budget = SimpleNamespace(sublayers=sublayers, target=sum(s.removed(n) for s, n in zip(sublayers, levels, strict=True)))
     sizes = [sublayer.unit_params / steps["mlp"] for sublayer in sublayers]
-    shifts = [{n - 1: 1 - 0.3 * size, n + 1: 1 + 0.5 * size} for n, size in zip(levels, sizes, strict=True)]
+    sized = enumerate(zip(levels, sizes, strict=True))
+    shifts = [{n - 1: 1 - 0.3 * size, n + 1: 1 + (0.5 - place / 500) * size} for place, (n, size) in sized]
     assert shifted_levels(SearchState(levels=levels, shifts=shifts), 1.0, budget, 1.0) == levels
 
 
