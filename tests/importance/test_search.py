@@ -103,6 +103,27 @@ def test_offspring_take_from_where_it_costs_little_and_give_to_where_it_costs_mu
     assert shifted_levels(state, 1.0, budget, 1.0) == [4, 4, 4], "every shift costs more than it gives"
 
 
+@pytest.mark.parametrize("generation", [0, 1])
+@pytest.mark.parametrize("unseen, total, wins", [(0.9, 0.9, True), (1.1, 0.9, False), (0.9, 1.1, False), (1.0, 1.0, False)])
+def test_an_offspring_must_be_better_on_the_windows_that_it_does_not_come_from_and_on_all(generation, unseen, total, wins):
+    sublayers = [Sublayer(layer, "mlp", tuple(range(9, 0, -1)), 10) for layer in range(2)]
+    halves, looked = (slice(0, 3), slice(3, None)), []
+
+    def measure(levels, part=None):
+        looked.append(part)
+        return 1.0 if list(levels) == [4, 4] else total if part is None else unseen
+
+    database = SimpleNamespace(budget=SimpleNamespace(sublayers=sublayers, target=80))
+    fitness = SimpleNamespace(halves=halves, measure=measure, adopt=lambda levels: total, database=database)
+    shifts = [{2: 0.9, 6: 1.1}, {2: 0.2, 6: 3.0}]
+    state = SearchState([], [4, 4], 1.0, generation, 0, shifts)
+    search_module._evolve(fitness, state)
+    assert looked[:2] == [halves[generation], halves[1 - generation]]
+    assert all(part in (halves[1 - generation], None) for part in looked[2:])
+    assert (state.levels != [4, 4], state.stale) == ((True, 0) if wins else (False, 1))
+    assert state.fitness == (total if wins else 1.0) and state.generation == generation + 1 and state.shifts == []
+
+
 def test_a_plan_that_just_meets_a_large_budget_may_stay():
     """Steps as a real model's: rounding them down to cells of its own would make the plan at hand seem to miss the target."""
     steps = {"attention": 294_912, "mlp": 110_592}
