@@ -5,7 +5,7 @@ measured; dynamic programming over parameters turns these costs into a start (Zi
 costs in the dense model is not what it costs in a pruned one. So plans evolve: a generation shifts every sublayer of the best
 plan alone, either way, and dynamic programming over what that costs there gives its offspring (EvoPress, Sieberling et al.
 2024, and Tyr, Li et al. 2025, shift at random, which takes many more trials). Generations look at one half of the windows and
-then at the other, and an offspring must be better on the half that it does not come from, too.
+then at the other: what suits a few windows alone does not last.
 KL and not perplexity is the fitness: perplexity would overfit its corpus. So does KL on one narrow corpus, which is why a part
 of the windows is the dense model's own text.
 """
@@ -247,18 +247,19 @@ def shifted(level: int, limits: tuple[int, int]) -> list[int]:
 
 
 def _evolve(fitness: Fitness, state: SearchState) -> None:
-    """One generation: the offspring that is best on windows that it does not come from may take the best plan's place."""
-    turn = state.generation % len(fitness.halves)
-    fit, unseen = fitness.halves[turn], fitness.halves[turn - 1]
-    base, rival = (fitness.measure(state.levels, part) for part in (fit, unseen))
+    """One generation: the best of the offspring takes the best plan's place where its KL on all windows is less.
+
+    On all: the half that the offspring do not come from has had its turn, so that a step back there is no bad sign.
+    """
+    base = fitness.measure(state.levels, fitness.halves[state.generation % len(fitness.halves)])
     offspring = {tuple(shifted_levels(state, base, fitness.database.budget, width)) for width in WIDTHS} - {tuple(state.levels)}
-    kl, best = min(((fitness.measure(levels, unseen), levels) for levels in offspring), default=(rival, None))
+    kl, best = min(((fitness.measure(levels), levels) for levels in offspring), default=(math.inf, ()))
     state.generation += 1
     state.stale += 1
     state.shifts = []
-    if kl < rival and (total := fitness.measure(best)) < state.fitness:
-        fitness.adopt(best)
-        state.levels, state.fitness, state.stale = list(best), total, 0
+    if kl < state.fitness:
+        state.levels, state.stale = list(best), 0
+        state.fitness = fitness.adopt(best)
     logger.info("search: generation %d, KL %.4f", state.generation, state.fitness)
 
 
