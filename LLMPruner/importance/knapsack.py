@@ -11,13 +11,6 @@ from LLMPruner.importance.allocation import Budget, Sublayer, round_levels
 CELLS = 16384  # the finest resolution of the budget
 
 
-def measured_levels(first: int, last: int, steps: int) -> set[int]:
-    """The levels that part those from `first` to `last` into `steps` even steps; none where there is no choice."""
-    if first == last:
-        return set()
-    return {first + round((last - first) * step / steps) for step in range(1, steps + 1)} - {0}
-
-
 def costs_between(known: Mapping[int, float], count: int) -> list[float]:
     """The cost of each of `count` levels: as measured where it is known, straight lines between, the same beyond.
 

@@ -28,7 +28,7 @@ from LLMPruner.errors import RunError, UsageError
 from LLMPruner.importance.allocation import Budget
 from LLMPruner.importance.criteria import CRITERIA, UnitScores, gather_statistics, score_layer
 from LLMPruner.importance.database import Database
-from LLMPruner.importance.knapsack import cheapest_levels, costs_between, measured_levels
+from LLMPruner.importance.knapsack import cheapest_levels, costs_between
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.methods.sublayers import KINDS
 from LLMPruner.run import read_json_file
@@ -120,6 +120,10 @@ class Fitness:
         kept = sublayer.levels[level]
         logger.info("search: layer %2d %s, %d kept: KL %.5f", sublayer.layer, sublayer.kind, kept, kl)
         return kl
+
+    def half(self, generation: int) -> slice:
+        """The windows that a generation's shifts are measured on."""
+        return self.halves[generation % len(self.halves)]
 
     def _divergence(self, last: torch.Tensor, part: slice = slice(None)) -> float:
         return self.runner.divergence(last[:, ::STRIDE], self._dense[part, ::STRIDE])
@@ -216,6 +220,13 @@ def measure_costs(
                     progress.update()
 
 
+def measured_levels(first: int, last: int, steps: int) -> set[int]:
+    """The levels that part those from `first` to `last` into `steps` even steps; none where there is no choice."""
+    if first == last:
+        return set()
+    return {first + round((last - first) * step / steps) for step in range(1, steps + 1)} - {0}
+
+
 def measure_shifts(
     fitness: Fitness,
     limits: Sequence[tuple[int, int]],
@@ -228,7 +239,7 @@ def measure_shifts(
     Returns False where `deadline` came first; a resumed search measures the rest.
     """
     state.shifts = state.shifts or [{} for _ in limits]
-    part = fitness.halves[state.generation % len(fitness.halves)]
+    part = fitness.half(state.generation)
     wanted = [(which, level) for which in range(len(limits)) for level in shifted(state.levels[which], limits[which])]
     for which, level in tqdm(wanted, desc=f"generation {state.generation + 1}", disable=None, leave=False):
         if time.monotonic() > deadline:
@@ -251,7 +262,7 @@ def _evolve(fitness: Fitness, state: SearchState) -> None:
 
     On all: the half that the offspring do not come from has had its turn, so that a step back there is no bad sign.
     """
-    base = fitness.measure(state.levels, fitness.halves[state.generation % len(fitness.halves)])
+    base = fitness.measure(state.levels, fitness.half(state.generation))
     offspring = {tuple(shifted_levels(state, base, fitness.database.budget, width)) for width in WIDTHS} - {tuple(state.levels)}
     kl, best = min(((fitness.measure(levels), levels) for levels in offspring), default=(math.inf, ()))
     state.generation += 1
@@ -270,7 +281,8 @@ def shifted_levels(state: SearchState, base: float, budget: Budget, width: float
     """
     costs, limits = [], []
     for known, level, sublayer in zip(state.shifts, state.levels, budget.sublayers, strict=True):
-        costs.append(costs_between(known | {level: base}, len(sublayer.levels)))
-        low, high = min({*known, level}), max({*known, level})
+        points = known | {level: base}
+        costs.append(costs_between(points, len(sublayer.levels)))
+        low, high = min(points), max(points)
         limits.append((level - math.ceil(width * (level - low)), level + math.ceil(width * (high - level))))
     return cheapest_levels(costs, budget, limits)

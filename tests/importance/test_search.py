@@ -21,14 +21,8 @@ from LLMPruner.importance import search as search_module
 from LLMPruner.importance.allocation import Sublayer, build_plan, level_limits, make_budget
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.database import Database, _packed, _unpacked
-from LLMPruner.importance.knapsack import costs_between, knapsack, measured_levels
-from LLMPruner.importance.search import (
-    Fitness,
-    SearchState,
-    search,
-    shifted,
-    shifted_levels,
-)
+from LLMPruner.importance.knapsack import costs_between, knapsack
+from LLMPruner.importance.search import Fitness, SearchState, measured_levels, search, shifted, shifted_levels
 from LLMPruner.methods.apply import apply_plan
 
 CALIBRATION = random_windows(12, 16, seed=1)
@@ -114,7 +108,7 @@ def test_an_offspring_wins_by_the_kl_on_all_windows_whatever_its_half_says(gener
         return 1.0 if list(levels) == [4, 4] else total
 
     database = SimpleNamespace(budget=SimpleNamespace(sublayers=sublayers, target=80))
-    fitness = SimpleNamespace(halves=halves, measure=measure, adopt=lambda levels: total, database=database)
+    fitness = SimpleNamespace(half=lambda turn: halves[turn], measure=measure, adopt=lambda levels: total, database=database)
     state = SearchState([], [4, 4], 1.0, generation, 0, [{2: 0.9, 6: 1.1}, {2: 0.2, 6: 3.0}])
     search_module._evolve(fitness, state)
     assert looked[0] == ([4, 4], halves[generation]), "the shifts are compared on the windows that they were measured on"
