@@ -5,6 +5,7 @@ A repair is one function from a sublayer's `Evidence` to new output weights, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -126,16 +127,20 @@ def _solve(targets: list[torch.Tensor], system: torch.Tensor, original: torch.Te
     import torch
 
     mu = ridge * system.diagonal().mean()
-    if not mu > 0:  # the kept inputs were all zero: nothing to solve for
+    if not 0 < mu < math.inf:  # the kept inputs were all zero (or overflowed): nothing to solve for
         return [original.clone() for _ in targets]
     system = system.clone()
     system.diagonal().add_(mu)
     right = torch.cat([target + mu * original for target in targets])
     factor, failed = torch.linalg.cholesky_ex(system)
-    solved = torch.cholesky_solve(right.T, factor)
     if failed.item():  # rounding in the Gram matrix outweighs the ridge
-        solved = torch.linalg.lstsq(system, right.T).solution
-    return list(solved.T.split(original.shape[0]))
+        # The nearest one that a Gram matrix can be has no eigenvalue below mu. Not lstsq: on CPUs the order of its pivots is
+        # whatever the memory holds, so that it answers otherwise every time.
+        values, vectors = torch.linalg.eigh(system)
+        solved = (right @ vectors / values.clamp_min(mu)) @ vectors.T
+    else:
+        solved = torch.cholesky_solve(right.T, factor).T
+    return list(solved.split(original.shape[0]))
 
 
 def output_error(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, solved: torch.Tensor) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -95,15 +97,41 @@ def test_one_dead_input_among_live_ones_keeps_its_weights():
     torch.testing.assert_close(solved[:, 1].float(), weight[:, kept[1]], rtol=1e-4, atol=1e-5)
 
 
-def test_a_gram_matrix_that_rounding_made_indefinite_is_solved_all_the_same():
+def rounded_gram(rounding: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, kept columns and a Gram matrix of low rank with rounding errors, relative to the scales of its columns."""
     weight, inputs, kept = draw(0, rank=2)
-    gram = gram_of(inputs) - 0.05 * torch.eye(9) * gram_of(inputs).diagonal().mean()
-    weight, gram = weight.double(), gram.double()
+    gram = gram_of(inputs).double()
+    scale = gram.diagonal().sqrt()
+    noise = torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return weight.double(), gram + rounding * (noise + noise.T) * scale * scale.unsqueeze(1), kept
+
+
+def test_a_gram_matrix_that_rounding_made_indefinite_is_solved_as_the_nearest_one():
+    weight, gram, kept = rounded_gram(0.05)
     system = gram[kept][:, kept]
     mu = 1e-6 * system.diagonal().mean()
-    assert torch.linalg.eigvalsh(system).min() < -mu, "or this test proves nothing"
+    values, vectors = torch.linalg.eigh(system)
+    assert values.min() < -mu, "or this test proves nothing"
+    nearest = (vectors * values.clamp_min(0)) @ vectors.T + mu * torch.eye(len(kept))
     solved = solve_own(weight, gram, kept, ridge=1e-6)
-    torch.testing.assert_close(solved @ (system + mu * torch.eye(len(kept))), weight @ gram[:, kept] + mu * weight[:, kept])
+    torch.testing.assert_close(solved @ nearest, weight @ gram[:, kept] + mu * weight[:, kept])
+
+
+def test_an_indefinite_gram_matrix_is_solved_alike_whatever_the_memory_held():
+    weight, gram, kept = rounded_gram(0.05)
+    first = solve_own(weight, gram, kept, ridge=1e-6)
+    for _ in range(20):
+        for size in (3, 4, 5):
+            torch.randint(-5, 5, (size,), dtype=torch.int32)  # freed at once: what a pivot order may be read from
+        assert torch.equal(solve_own(weight, gram, kept, ridge=1e-6), first)
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_overflown_inputs_leave_the_weights_as_they_are(broken):
+    weight, kept = torch.randn(3, 4), torch.tensor([1, 3])
+    gram = torch.eye(4)
+    gram[1, 1] = broken
+    assert torch.equal(solve_own(weight, gram, kept), weight[:, kept])
 
 
 def evidence(seed: int, *, tokens: int = 400, drift: float = 0.0, dtype: torch.dtype = torch.float32) -> Evidence:
