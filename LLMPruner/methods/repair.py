@@ -133,9 +133,10 @@ def _solve(targets: list[torch.Tensor], system: torch.Tensor, original: torch.Te
     system.diagonal().add_(mu)
     right = torch.cat([target + mu * original for target in targets])
     factor, failed = torch.linalg.cholesky_ex(system)
-    if failed.item():  # rounding in the Gram matrix outweighs the ridge
-        # The nearest one that a Gram matrix can be has no eigenvalue below mu. Not lstsq: on CPUs the order of its pivots is
-        # whatever the memory holds, so that it answers otherwise every time.
+    # Of a Gram matrix with mu on its diagonal no pivot is below mu, and no eigenvalue: where one is by far, rounding outweighs
+    # the ridge, and the nearest such system is solved. Not lstsq: on CPUs the order of its pivots is whatever the memory
+    # holds, so that it answers otherwise every time.
+    if failed.item() or factor.diagonal().min().square() < mu / 2:
         values, vectors = torch.linalg.eigh(system)
         solved = (right @ vectors / values.clamp_min(mu)) @ vectors.T
     else:

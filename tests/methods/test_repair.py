@@ -126,6 +126,14 @@ def test_an_indefinite_gram_matrix_is_solved_alike_whatever_the_memory_held():
         assert torch.equal(solve_own(weight, gram, kept, ridge=1e-6), first)
 
 
+@pytest.mark.parametrize("off", [0.0099, 0.0099999, 0.0100001, 0.02])
+def test_a_correlation_above_one_is_solved_as_one_on_either_side_of_singular(off):
+    """With an eigenvalue just above -mu Cholesky succeeds, and its answer would be thousands of times the weights."""
+    weight, kept = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0, 1])
+    gram = torch.tensor([[1, 1 + off, 0.5], [1 + off, 1, 0.5], [0.5, 0.5, 1]])
+    assert solve_own(weight, gram, kept).abs().max() < 50
+
+
 @pytest.mark.parametrize("broken", [math.inf, math.nan])
 def test_overflown_inputs_leave_the_weights_as_they_are(broken):
     weight, kept = torch.randn(3, 4), torch.tensor([1, 3])
