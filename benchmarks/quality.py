@@ -134,6 +134,8 @@ class Bench:
             kept = allocate(budget, scores, config, units)
         costs.append(cost)
         plan = build_plan(self.geometry, kept, units, output_bias=adds_bias(config))
+        if plan.removed_params < ratio * self.geometry.dense_params:
+            raise RunError(f"{name} at {ratio}: the plan removes {plan.removed_params} parameters")
         text = windows.repair
         if job.writes:
             count, seq_len = config.self_samples, config.calibration_seq_len
@@ -169,7 +171,7 @@ class Bench:
         limits, state = level_limits(budget, config, None), SearchState()
 
         def prepare() -> tuple[Fitness, list[dict[int, float]]]:
-            database, found = Database(runner, budget), SearchState()
+            database, found = Database(runner, budget.geometry, budget.sublayers), SearchState()
             fill_database(database, config, windows.calibration, self.run.seed)
             fitness = Fitness(database, search_text(job, self.dense, windows.held_out))
             measure_costs(fitness, limits, found, lambda _: None, math.inf)

@@ -7,11 +7,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from LLMPruner.importance.allocation import Budget, Sublayer
+from LLMPruner.importance.allocation import Sublayer
 from LLMPruner.importance.criteria import UnitScores
 from LLMPruner.methods.gqa_aware import select_units
 from LLMPruner.methods.repair import solve_own
 from LLMPruner.methods.sublayers import KINDS
+from LLMPruner.plan import Geometry
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,11 @@ class Database:
 
     Memory: a ranking and a Gram matrix in float16 a sublayer (0.16 GB in all for SmolLM2-135M, 14 GB for Llama-3-8B, where
     the healed weights of all levels would be ten times that), and the output weights of two plans, those asked for last (7 GB
-    for Llama-3-8B at 25%).
+    for Llama-3-8B at 25%). It knows no budget: every pruning ratio may share it.
     """
 
-    def __init__(self, runner: LayerRunner, budget: Budget, *, heals: bool = True) -> None:
-        self.runner, self.budget = runner, budget
+    def __init__(self, runner: LayerRunner, geometry: Geometry, sublayers: Sequence[Sublayer], *, heals: bool = True) -> None:
+        self.runner, self.geometry, self.sublayers = runner, geometry, tuple(sublayers)
         self.scores: list[UnitScores] = []
         self._heals = heals
         self._grams: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
@@ -40,13 +41,13 @@ class Database:
         self._grams.append({kind: _packed(gram) for kind, gram in grams.items()})
 
     def variant(self, which: int, level: int) -> tuple[tuple[int, ...], torch.Tensor | None]:
-        """The units that sublayer `which` of the budget keeps at `level`, and its healed output weights (None: none kept)."""
+        """The units that sublayer `which` keeps at `level`, and its healed output weights (None: none kept)."""
         key = (which, level)
         if key not in self._variants:
-            sublayer = self.budget.sublayers[which]
+            sublayer = self.sublayers[which]
             kept = select_units(self.scores[sublayer.layer].of(sublayer.kind).tolist(), sublayer.levels[level])
             self._variants[key] = kept, self._heal(sublayer, kept) if kept else None
-            if len(self._variants) > 2 * len(self.budget.sublayers):
+            if len(self._variants) > 2 * len(self.sublayers):
                 self._variants.popitem(last=False)
         self._variants.move_to_end(key)
         return self._variants[key]
@@ -55,7 +56,7 @@ class Database:
         """Output weights of the kept columns, `(hidden, kept)`, fitted to the dense model's activations."""
         kind = KINDS[sublayer.kind]
         weight = kind.projection(self.runner.decoder_layer(sublayer.layer)).weight.detach()
-        columns = kind.columns(kept, self.budget.geometry).to(weight.device)
+        columns = kind.columns(kept, self.geometry).to(weight.device)
         if not self._heals:
             return weight[:, columns]
         gram = _unpacked(self._grams[sublayer.layer][sublayer.kind]).to(weight.device)
@@ -66,19 +67,19 @@ class Database:
         """The model with every sublayer from layer `start` on at its level of `levels`; dense again afterwards."""
         with contextlib.ExitStack() as stack:
             for which, level in enumerate(levels):
-                if level and self.budget.sublayers[which].layer >= start:
+                if level and self.sublayers[which].layer >= start:
                     stack.enter_context(self._replaced(which, level))
             yield
 
     @contextlib.contextmanager
     def _replaced(self, which: int, level: int) -> Iterator[None]:
-        sublayer = self.budget.sublayers[which]
+        sublayer = self.sublayers[which]
         kind, layer = KINDS[sublayer.kind], self.runner.decoder_layer(sublayer.layer)
         dense = kind.module(layer)
         children = dict(dense.named_children())
         kept, healed = self.variant(which, level)  # solved while the dense weights are in place
         try:
-            kind.prune(layer, kept, self.budget.geometry)
+            kind.prune(layer, kept, self.geometry)
             if kept:
                 kind.projection(layer).weight.data = healed
             yield

@@ -47,7 +47,7 @@ SHIFT = 1 / 6  # by this part of the levels that a sublayer may take a generatio
 # As far as an offspring may go of these shifts, in whole levels: sublayers shifted together cost more than each alone.
 WIDTHS = (1 / 3, 2 / 3, 1.0)
 STRIDE = 4  # every so many positions of a window count: neighbours say much the same, and the head is what costs
-MEASURES = 5  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
+MEASURES = 6  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Fitness:
         self.some = slice(0, -(-len(windows) // 4))  # windows for the costs
         half = len(windows) // 2
         self.halves = (slice(0, half), slice(half, None)) if half else (slice(None),)
-        self.levels = [0] * len(database.budget.sublayers)
+        self.levels = [0] * len(database.sublayers)
         self._hidden = self._prefixes()
         self._dense = self._hidden[-1]
 
@@ -105,7 +105,7 @@ class Fitness:
 
     def measure(self, levels: Sequence[int], part: slice = slice(None)) -> float:
         """The KL of `levels` on `part` of the windows."""
-        pairs = zip(self.database.budget.sublayers, levels, self.levels, strict=True)
+        pairs = zip(self.database.sublayers, levels, self.levels, strict=True)
         start = min((sublayer.layer for sublayer, new, old in pairs if new != old), default=self.runner.num_layers)
         with self.database.replaced(levels, start):
             last = self.runner.layers(self._hidden[start][part], start)
@@ -114,7 +114,7 @@ class Fitness:
     def alone(self, which: int, level: int, part: slice) -> float:
         """The KL of the adopted plan with sublayer `which` alone at `level`. Raises RunError where it is not finite."""
         levels = [*self.levels[:which], level, *self.levels[which + 1 :]]
-        kl, sublayer = self.measure(levels, part), self.database.budget.sublayers[which]
+        kl, sublayer = self.measure(levels, part), self.database.sublayers[which]
         if not math.isfinite(kl):
             raise RunError(f"the KL without a part of layer {sublayer.layer}'s {sublayer.kind} is {kl}: try --dtype float32")
         kept = sublayer.levels[level]
@@ -154,7 +154,8 @@ def search(
     level of each sublayer; `state` is where to begin, and `save` gets it after every step. Past `deadline` (of
     `time.monotonic`) the best plan so far wins; there is none before every sublayer was measured once.
     """
-    database = Database(runner, budget, heals=REPAIRS[config.repair] is not None)
+    repair = REPAIRS[config.repair]  # one that does not solve for weights changes little: unhealed levels stand for it
+    database = Database(runner, budget.geometry, budget.sublayers, heals=repair is not None and repair.solves)
     fill_database(database, config, calibration, seed)
     fitness = Fitness(database, held_out)
     measure_costs(fitness, limits, state, save, deadline)
@@ -171,7 +172,12 @@ def improve(
     save: Callable[[SearchState], None],
     deadline: float,
 ) -> None:
-    """Find `state.levels` for the budget: dynamic programming over the measured costs, then generations until `deadline`."""
+    """Find `state.levels` for the budget: dynamic programming over the measured costs, then generations until `deadline`.
+
+    A plan of `state` beyond `limits`, which other layer scores may have moved since, does not count.
+    """
+    if state.levels and any(not low <= level <= high for level, (low, high) in zip(state.levels, limits, strict=True)):
+        state.generation, state.stale, state.shifts = 0, 0, []
     if state.generation == 0 and not state.shifts:
         costs = [costs_between({0: 0.0} | known, len(s.levels)) for known, s in zip(state.costs, budget.sublayers, strict=True)]
         state.levels = cheapest_levels(costs, budget, limits)
@@ -184,13 +190,13 @@ def improve(
         if not measure_shifts(fitness, limits, state, save, deadline):
             logger.warning("search: %g minutes are over after generation %d", config.search_minutes, state.generation)
             break
-        _evolve(fitness, state)
+        _evolve(fitness, budget, state)
         save(state)
 
 
 def fill_database(database: Database, config: PruneConfig, calibration: torch.Tensor, seed: int) -> None:
     """Scores and Gram matrices of all layers, in one pass over the calibration windows."""
-    criterion, runner, geometry = CRITERIA[config.importance], database.runner, database.budget.geometry
+    criterion, runner, geometry = CRITERIA[config.importance], database.runner, database.geometry
     for index, statistics in enumerate(gather_statistics(runner, geometry, calibration, {criterion.needs, "gram"})):
         scores = score_layer(criterion, runner.decoder_layer(index), geometry, statistics, seed + 2 * index)
         grams = {kind: gathered.moments.gram for kind, gathered in zip(KINDS, statistics, strict=True)}
@@ -257,13 +263,13 @@ def shifted(level: int, limits: tuple[int, int]) -> list[int]:
     return sorted({max(low, level - step), min(high, level + step)} - {level})
 
 
-def _evolve(fitness: Fitness, state: SearchState) -> None:
+def _evolve(fitness: Fitness, budget: Budget, state: SearchState) -> None:
     """One generation: the best of the offspring takes the best plan's place where its KL on all windows is less.
 
     On all: the half that the offspring do not come from has had its turn, so that a step back there is no bad sign.
     """
     base = fitness.measure(state.levels, fitness.half(state.generation))
-    offspring = {tuple(shifted_levels(state, base, fitness.database.budget, width)) for width in WIDTHS} - {tuple(state.levels)}
+    offspring = {tuple(shifted_levels(state, base, budget, width)) for width in WIDTHS} - {tuple(state.levels)}
     kl, best = min(((fitness.measure(levels), levels) for levels in offspring), default=(math.inf, ()))
     state.generation += 1
     state.stale += 1

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from LLMPruner.config import PruneConfig
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.forward import LayerRunner
+from LLMPruner.importance import database as database_module
 from LLMPruner.importance import search as search_module
 from LLMPruner.importance.allocation import Sublayer, build_plan, level_limits, make_budget
 from LLMPruner.importance.criteria import score_units
@@ -107,10 +108,10 @@ def test_an_offspring_wins_by_the_kl_on_all_windows_whatever_its_half_says(gener
         looked.append((list(levels), part))
         return 1.0 if list(levels) == [4, 4] else total
 
-    database = SimpleNamespace(budget=SimpleNamespace(sublayers=sublayers, target=80))
-    fitness = SimpleNamespace(half=lambda turn: halves[turn], measure=measure, adopt=lambda levels: total, database=database)
+    budget = SimpleNamespace(sublayers=sublayers, target=80)
+    fitness = SimpleNamespace(half=lambda turn: halves[turn], measure=measure, adopt=lambda levels: total)
     state = SearchState([], [4, 4], 1.0, generation, 0, [{2: 0.9, 6: 1.1}, {2: 0.2, 6: 3.0}])
-    search_module._evolve(fitness, state)
+    search_module._evolve(fitness, budget, state)
     assert looked[0] == ([4, 4], halves[generation]), "the shifts are compared on the windows that they were measured on"
     assert all(part is None and levels != [4, 4] for levels, part in looked[1:]) and len(looked) == 3, "two different offspring"
     assert (state.levels != [4, 4], state.stale) == ((True, 0) if wins else (False, 1))
@@ -160,7 +161,7 @@ def test_a_search_meets_the_budget_improves_and_leaves_the_model_as_it_was(chang
 def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_replaced():
     model = tiny_model()
     budget = make_budget(geometry_of(model), request(repair="none", importance="magnitude"))
-    database = Database(LayerRunner(model), budget, heals=False)
+    database = Database(LayerRunner(model), budget.geometry, budget.sublayers, heals=False)
     scores = score_units(database.runner, budget.geometry, "magnitude", windows=CALIBRATION, seed=0)
     for layer in scores:
         database.add_layer(layer, {"attention": torch.eye(64), "mlp": torch.eye(96)})
@@ -183,7 +184,7 @@ def test_a_fitness_is_the_kl_from_the_dense_model_whatever_plan_was_adopted_befo
     model = tiny_model()
     model.lm_head.weight.mul_(100)  # sharp distributions: the two directions of the KL differ
     budget = make_budget(geometry_of(model), request(repair="none", importance="magnitude"))
-    database = Database(LayerRunner(model), budget, heals=False)
+    database = Database(LayerRunner(model), budget.geometry, budget.sublayers, heals=False)
     for layer in score_units(database.runner, budget.geometry, "magnitude", windows=CALIBRATION, seed=0):
         database.add_layer(layer, {"attention": torch.eye(64), "mlp": torch.eye(96)})
     fitness, last = Fitness(database, HELD_OUT), [len(sublayer.levels) - 1 for sublayer in budget.sublayers]
@@ -274,6 +275,43 @@ def test_a_search_that_ran_out_of_time_continues_to_the_plan_of_one_with_time(mo
     part = run(tiny_model(), config, deadline=0)[3]
     assert part.levels != whole.levels and sum(map(len, part.costs)) < len(set(measured))
     assert run(tiny_model(), config, state=part)[3] == whole
+
+
+def test_one_database_and_its_costs_serve_every_ratio():
+    model, fitness, found = tiny_model(), None, SearchState()
+    for ratio in (0.3, 0.15, 0.4):
+        config = replace(request(), pruning_ratio=ratio)
+        budget = make_budget(geometry_of(model), config)
+        limits = level_limits(budget, config, None)
+        if fitness is None:
+            database = Database(LayerRunner(model), budget.geometry, budget.sublayers)
+            search_module.fill_database(database, config, CALIBRATION, 0)
+            fitness = Fitness(database, HELD_OUT)
+            search_module.measure_costs(fitness, limits, found, lambda _: None, math.inf)
+        shared = SearchState(costs=found.costs)
+        search_module.improve(fitness, budget, config, limits, shared, lambda _: None, math.inf)
+        alone = run(tiny_model(), config)[3]
+        assert shared.generation > 0 and shared.levels == alone.levels
+
+
+def test_a_continued_search_obeys_limits_that_have_moved():
+    *_, state = run(tiny_model(), request())
+    which = next(which for which, level in enumerate(state.levels) if level)
+    budget = make_budget(geometry_of(MODEL), request())
+    limits = level_limits(budget, request(), None)
+    limits[which] = (0, 0)
+    settings = {"limits": limits, "seed": 0, "state": state, "save": lambda _: None, "deadline": math.inf}
+    kept, _ = search(LayerRunner(tiny_model()), budget, request(), CALIBRATION, HELD_OUT, **settings)
+    sublayer = budget.sublayers[which]
+    assert kept[sublayer.layer, sublayer.kind] == sublayer.levels[0]
+
+
+@pytest.mark.parametrize("repair, heals", [("least_squares", True), ("bias", False), ("none", False)])
+def test_levels_are_healed_where_the_repair_solves_for_weights(repair, heals, monkeypatch):
+    solved = []
+    monkeypatch.setattr(database_module, "solve_own", lambda weight, gram, kept: solved.append(kept) or weight[:, kept])
+    run(tiny_model(), replace(request(repair=repair), search_generations=0))
+    assert bool(solved) == heals
 
 
 def test_only_levels_within_the_limits_are_measured():
