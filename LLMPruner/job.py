@@ -115,7 +115,7 @@ def search_key(job: PruneJob) -> dict[str, Any]:
     repair = ("repair_samples", "self_samples", "distill_epochs")
     free = ("resume", "search_minutes", "search_generations", "layer_importance_file", *repair)
     settings = {name: value for name, value in asdict(job.prune).items() if name not in free}
-    run = {"seed": job.run.seed, "data_dir": job.run.data_dir}
+    run = {name: getattr(job.run, name) for name in ("seed", "data_dir", "dtype", "device")}
     return {"measures": MEASURES, "model": job.source.fingerprint(), **run, **settings}
 
 
