@@ -74,10 +74,11 @@ def test_a_run_leaves_what_the_document_promises(command):
     assert {stage["stage"] for stage in metrics["stages"]} >= {"load", "layer importance", "plan", "save"}
 
 
-def test_the_same_seed_gives_the_same_plan_and_ppl_to_the_last_digit(command):
+@pytest.mark.parametrize("flags", [["--prune_mlp"], ["--preset=best", "--prune_mlp", "--search_tokens=128"]])
+def test_the_same_seed_gives_the_same_plan_and_ppl_to_the_last_digit(command, flags):
     results = []
     for name in ("one", "two"):
-        assert command("--prune_mlp", "--test_after_prune", name=name) == 0
+        assert command(*flags, "--test_after_prune", name=name) == 0
         metrics = json.loads(Path("prune_log", name, "metrics.json").read_text())
         results.append((Path("prune_log", name, "pruning_plan.json").read_text(), metrics["ppl"]["pruned"][0]["ppl"]))
     assert results[0] == results[1]

@@ -1,7 +1,8 @@
 """How much per layer: layer scores and the budget become integer counts, and with unit scores the plan.
 
 All arithmetic on the budget is in integers. The achieved count is at least the target, and above it by less than one
-rounding step of one layer (one KV group when only attention is pruned).
+rounding step of one layer (one KV group when only attention is pruned); with a repair that adds biases, the target allows
+for one in every sublayer, and those that stay whole get none.
 """
 
 from __future__ import annotations
