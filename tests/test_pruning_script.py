@@ -236,8 +236,9 @@ def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, 
     assert whole == part and len(calls) == total, "nothing is measured twice"
     flags = ["--search_generations=4", "--resume", "--distill_epochs=0", "--repair_samples=3"]
     assert command(*search_flags(*flags), name="part") == 0, "what comes after the search may change"
-    assert command(*search_flags("--resume", "--pruning_ratio=0.3"), name="part") == 2
-    assert "other settings" in capsys.readouterr().err
+    for other in ("--pruning_ratio=0.3", "--dtype=bfloat16"):
+        assert command(*search_flags("--search_generations=4", "--resume", other), name="part") == 2
+        assert "other settings" in capsys.readouterr().err
     monkeypatch.setattr("LLMPruner.job.MEASURES", search.MEASURES - 1)  # a release whose costs meant something else
     assert command(*search_flags("--search_generations=4", "--resume"), name="part") == 2
     assert "search anew" in capsys.readouterr().err
