@@ -187,6 +187,8 @@ def improve(
     logger.info("search: generation %d, KL %.4f", state.generation, state.fitness)
     save(state)
     while state.generation < config.search_generations and state.stale < len(fitness.halves):  # then nothing new would come
+        if fitness.levels != state.levels:
+            fitness.adopt(state.levels)
         if not measure_shifts(fitness, limits, state, save, deadline):
             logger.warning("search: %g minutes are over after generation %d", config.search_minutes, state.generation)
             break
@@ -275,8 +277,7 @@ def _evolve(fitness: Fitness, budget: Budget, state: SearchState) -> None:
     state.stale += 1
     state.shifts = []
     if kl < state.fitness:
-        state.levels, state.stale = list(best), 0
-        state.fitness = fitness.adopt(best)
+        state.levels, state.fitness, state.stale = list(best), kl, 0
     logger.info("search: generation %d, KL %.4f", state.generation, state.fitness)
 
 

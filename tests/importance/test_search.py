@@ -109,7 +109,7 @@ def test_an_offspring_wins_by_the_kl_on_all_windows_whatever_its_half_says(gener
         return 1.0 if list(levels) == [4, 4] else total
 
     budget = SimpleNamespace(sublayers=sublayers, target=80)
-    fitness = SimpleNamespace(half=lambda turn: halves[turn], measure=measure, adopt=lambda levels: total)
+    fitness = SimpleNamespace(half=lambda turn: halves[turn], measure=measure)
     state = SearchState([], [4, 4], 1.0, generation, 0, [{2: 0.9, 6: 1.1}, {2: 0.2, 6: 3.0}])
     search_module._evolve(fitness, budget, state)
     assert looked[0] == ([4, 4], halves[generation]), "the shifts are compared on the windows that they were measured on"
@@ -264,6 +264,20 @@ def test_generations_look_at_the_halves_in_turn_and_end_when_both_are_exhausted(
     assert turns[0] == (0, 1) and turns[1:] == ([(0, 2), (2, None)] * state.generation)[: state.generation]
     assert 2 < state.generation < 50 and state.stale == 2
     assert state.fitness < next(kl for kl in history if kl is not None)
+
+
+def test_every_generation_shifts_the_best_plan_so_far(monkeypatch):
+    state, plans, alone = SearchState(), set(), Fitness.alone
+
+    def watched(fitness, *args):
+        if state.levels is not None:
+            assert fitness.levels == state.levels
+            plans.add(tuple(state.levels))
+        return alone(fitness, *args)
+
+    monkeypatch.setattr(Fitness, "alone", watched)
+    run(tiny_model(), request(), state=state)
+    assert len(plans) > 1, "or this test proves nothing"
 
 
 def test_a_search_that_ran_out_of_time_continues_to_the_plan_of_one_with_time(monkeypatch):
