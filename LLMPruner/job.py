@@ -87,7 +87,7 @@ def preflight(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | No
     _check_outputs(job, folder)
     budget = make_budget(geometry, config)
     if config.resume:
-        SearchState.load(folder / SEARCH_FILE, search_key(job))
+        SearchState.load(folder / SEARCH_FILE, search_key(job), budget.sublayers)
     importance = None
     if config.layer_importance_file is not None:
         file = Path(config.layer_importance_file)

@@ -113,7 +113,7 @@ def _plan(
     from LLMPruner.importance.search import search
 
     key, path = search_key(job), run.dir / SEARCH_FILE
-    state = SearchState.load(path, key) if job.prune.resume else SearchState()
+    state = SearchState.load(path, key, budget.sublayers) if job.prune.resume else SearchState()
 
     def save(found: SearchState) -> None:
         if not job.dry_run:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from LLMPruner.checkpoint import write_json
 from LLMPruner.config import PruneConfig
 from LLMPruner.errors import RunError, UsageError
-from LLMPruner.importance.allocation import Budget
+from LLMPruner.importance.allocation import Budget, Sublayer
 from LLMPruner.importance.criteria import CRITERIA, UnitScores, gather_statistics, score_layer
 from LLMPruner.importance.database import Database
 from LLMPruner.importance.knapsack import cheapest_levels, costs_between
@@ -66,8 +66,8 @@ class SearchState:
         write_json(path, {"key": key, **asdict(self)})
 
     @classmethod
-    def load(cls, path: Path, key: dict[str, Any]) -> SearchState:
-        """Read it back. Raises UsageError when it is missing, malformed or of another search."""
+    def load(cls, path: Path, key: dict[str, Any], sublayers: Sequence[Sublayer]) -> SearchState:
+        """Read back what was found for `sublayers`. Raises UsageError when it is missing, malformed or of another search."""
         data = read_json_file(path, "--resume: the search state")
         if not isinstance(data, dict) or data.pop("key", None) != key:
             raise UsageError(f"--resume: {path} is of a search with other settings: repeat its command, or search anew")
@@ -75,9 +75,21 @@ class SearchState:
             state = cls(**data)
             for name in ("costs", "shifts"):  # JSON's keys are text
                 setattr(state, name, [{int(level): kl for level, kl in known.items()} for known in getattr(state, name)])
+            for levels in (state.levels, state.costs, state.shifts):
+                _check_levels(levels or [], sublayers)
         except (TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"--resume: {path} is not a search state: {error}") from error
         return state
+
+
+def _check_levels(levels: Sequence[Any], sublayers: Sequence[Sublayer]) -> None:
+    """Raise ValueError or TypeError unless `levels`, a level or a dict of levels a sublayer, is empty or all are theirs."""
+    if len(levels) not in (0, len(sublayers)):
+        raise ValueError(f"it knows {len(levels)} sublayers of {len(sublayers)}")
+    for sublayer, some in zip(sublayers, levels, strict=False):
+        for level in some if isinstance(some, dict) else [some]:
+            if not isinstance(level, int) or level not in range(len(sublayer.levels)):
+                raise ValueError(f"layer {sublayer.layer}'s {sublayer.kind} has no level {level}")
 
 
 class Fitness:

@@ -14,6 +14,7 @@ from conftest import each_architecture, geometry_of, random_windows, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from LLMPruner.checkpoint import write_json
 from LLMPruner.config import PruneConfig
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.forward import LayerRunner
@@ -209,20 +210,43 @@ def test_the_healed_weights_of_the_database_are_those_of_the_repair_on_dense_act
     assert error.abs().max() < 1e-3 and _packed(gram)[0].dtype == torch.float16
 
 
+MLPS = [Sublayer(layer, "mlp", (9, 5, 4, 0), 10) for layer in range(2)]
+
+
 def test_a_state_is_refused_for_another_search(tmp_path):
     path = tmp_path / "search_state.json"
-    state = SearchState([{2: 1.0}], [1], 0.5, 3, 1, [{3: 0.7}])
+    state = SearchState([{2: 1.0}, {}], [1, 0], 0.5, 3, 1, [{3: 0.7}, {}])
     state.save(path, {"seed": 1})
-    assert SearchState.load(path, {"seed": 1}) == state
-    path.write_text('{"key": {"seed": 1}, "costs": [[0.0, 1.0]]}')
-    with pytest.raises(UsageError, match="not a search state"):
-        SearchState.load(path, {"seed": 1})
-    SearchState().save(path, {"seed": 1})
+    assert SearchState.load(path, {"seed": 1}, MLPS) == state
     with pytest.raises(UsageError, match="other settings"):
-        SearchState.load(path, {"seed": 2})
+        SearchState.load(path, {"seed": 2}, MLPS)
     path.write_text("[]")
     with pytest.raises(UsageError, match="other settings"):
-        SearchState.load(path, {"seed": 1})
+        SearchState.load(path, {"seed": 1}, MLPS)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"costs": [[0.0, 1.0]]},
+        {"costs": [{}]},
+        {"costs": [{4: 1.0}, {}]},
+        {"levels": [0, 0, 0]},
+        {"levels": [0, 4]},
+        {"levels": [-1, 0]},
+        {"levels": [0, 1.0]},
+        {"levels": [0, "1"]},
+        {"levels": 2},
+        {"shifts": [{}, {}, {}]},
+        {"shifts": [{}, {7: 0.1}]},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_one_sentence(tmp_path, damage):
+    path = tmp_path / "search_state.json"
+    write_json(path, {"key": {"seed": 1}} | damage)
+    with pytest.raises(UsageError, match="not a search state"):
+        SearchState.load(path, {"seed": 1}, MLPS)
 
 
 @pytest.fixture
