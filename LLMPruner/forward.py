@@ -110,11 +110,12 @@ class LayerRunner:
 
         Both go through this model's head, which no pruning changes; log-probabilities of a few tokens are alive at a time.
         """
-        total = 0.0
-        for rows, wanted in self._chunks(hidden.flatten(0, 1), reference.flatten(0, 1)):
-            ours, theirs = self._log_probs(rows), self._log_probs(wanted)
-            total += functional.kl_div(ours, theirs, reduction="sum", log_target=True).double().item()
-        return total / (hidden.shape[0] * hidden.shape[1])
+        chunks = self._chunks(hidden.flatten(0, -2), reference.flatten(0, -2))
+        return sum(self._summed_divergence(*chunk).double().item() for chunk in chunks) / hidden.shape[:-1].numel()
+
+    def divergence_gradient(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """The gradient of `divergence` with respect to `hidden` `(tokens, hidden)`."""
+        return self._head_gradient(self._chunks(hidden, reference), self._summed_divergence) / len(hidden)
 
     def gate_gradients(self, windows: torch.Tensor, visit: Callable[[int, torch.Tensor, torch.Tensor], None]) -> None:
         """Gradients of the summed loss with respect to gates of one on every o_proj and down_proj input, per token.
@@ -144,14 +145,28 @@ class LayerRunner:
         result = torch.zeros_like(hidden)
         targets = windows[:, 1:].to(hidden.device).flatten()
         chunks = self._chunks(hidden[:, :-1].flatten(0, 1), targets)
+        gradient = self._head_gradient(chunks, lambda rows, wanted: self._nll(self.model.model.norm(rows), wanted).sum())
+        result[:, :-1] = gradient.view(hidden[:, :-1].shape)
+        return result
+
+    def _head_gradient(
+        self,
+        chunks: Iterator[tuple[torch.Tensor, torch.Tensor]],
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """d(summed loss)/d(rows) of chunks of rows and what they should give."""
         gradients = []
         for rows, wanted in chunks:
             rows = rows.detach().requires_grad_()
             with torch.enable_grad():
-                loss = self._nll(self.model.model.norm(rows), wanted).sum()
-                gradients.append(torch.autograd.grad(loss, rows)[0])
-        result[:, :-1] = torch.cat(gradients).view(hidden[:, :-1].shape)
-        return result
+                gradients.append(torch.autograd.grad(loss(rows, wanted), rows)[0])
+        return torch.cat(gradients)
+
+    def _summed_divergence(self, rows: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Summed KL(reference || model) of last hidden states `(tokens, hidden)`."""
+        with torch.no_grad():
+            theirs = self._log_probs(reference)
+        return functional.kl_div(self._log_probs(rows), theirs, reduction="sum", log_target=True)
 
     def _nll(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(self.model.lm_head(rows).float(), targets, reduction="none")

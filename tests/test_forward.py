@@ -105,15 +105,27 @@ def test_chunking_the_logits_changes_neither_losses_nor_gradients(monkeypatch, r
     hidden = runner.layers(runner.embed(WINDOWS))
     losses, gates = runner.losses(hidden, WINDOWS), gathered_gates(runner, WINDOWS)
     other = hidden.roll(1, 0)
-    divergence = runner.divergence(other, hidden)
+    divergence, slope = runner.divergence(other, hidden), runner.divergence_gradient(other[0], hidden[0])
     seen = []
     model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
     monkeypatch.setattr(forward, "LOGIT_ELEMENTS_CPU", rows * VOCAB)
     torch.testing.assert_close(runner.losses(hidden, WINDOWS), losses, rtol=1e-5, atol=1e-5)
     assert runner.divergence(other, hidden) == pytest.approx(divergence, rel=1e-5)
+    torch.testing.assert_close(runner.divergence_gradient(other[0], hidden[0]), slope)
     for got, wanted in zip(gathered_gates(runner, WINDOWS), gates, strict=True):
         torch.testing.assert_close(got, wanted)
     assert max(seen) == rows
+
+
+def test_the_gradient_of_the_divergence_is_that_of_autograd():
+    model = tiny_model()
+    runner = LayerRunner(model)
+    reference, hidden = runner.layers(runner.embed(WINDOWS)).flatten(0, 1).split(20)[:2]
+    leaf = hidden.clone().requires_grad_()
+    ours, theirs = (model.lm_head(model.model.norm(rows)).log_softmax(-1) for rows in (leaf, reference))
+    (theirs.exp() * (theirs - ours)).sum(-1).mean().backward()
+    torch.testing.assert_close(runner.divergence_gradient(hidden, reference), leaf.grad)
+    assert all(weight.grad is None for weight in model.model.layers.parameters())
 
 
 @each_architecture

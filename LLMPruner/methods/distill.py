@@ -2,7 +2,8 @@
 
 Gradient steps, but no label, no loss of the whole model, and never more than one block in float32: each block is given what the
 pruned layers before pass on and is to give back the dense model's hidden states (block reconstruction: BRECQ, Li et al. 2021).
-It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost nothing.
+It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost nothing. Behind
+the last block there is only the head, so what counts there is not how near the hidden states are, but the words they give.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ logger = logging.getLogger("LLMPruner")
 # bytes a parameter, beside the model and the hidden states: 16 GB for Llama-3-8B at 25%.
 LAYERS = 5
 RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
+LAST_RATE = 3e-4  # of the last block
+STRIDE = 4  # every so many tokens' words are compared: neighbours say much the same, and the head is what costs
 
 
 def distill(
@@ -39,7 +42,7 @@ def distill(
 
     Args:
         inputs, outputs: hidden states `(n, seq_len, hidden)` of the pruned model before and after the layers.
-        targets: those of the dense model after them.
+        targets: those of the dense model after them. Of the model's last layers the distance is KL(dense || model).
         held_out: bool `(n, seq_len)`.
         epochs: passes over the windows, one window a step, in an order drawn from `generator`.
     Returns:
@@ -56,7 +59,8 @@ def distill(
         weight.data = weight.data.to(before.dtype)
         weight.requires_grad_(trainable)
     distilled = runner.layers(inputs, layers.start, layers.stop)
-    distances = [_distance(runner, hidden, targets, held_out) for hidden in (outputs, distilled)]
+    distance = _divergence if _last(runner, layers) else _distance
+    distances = [distance(runner, hidden, targets, held_out) for hidden in (outputs, distilled)]
     better = distances[1] < distances[0]  # not if NaN
     verdict = "" if better else ", not kept"
     logger.info("layers %d to %d distilled: distance to dense %.5f to %.5f%s", layers[0], layers[-1], *distances, verdict)
@@ -80,20 +84,37 @@ def _train(
     """Adam on float32 weights; the arithmetic of a half-precision model stays in half precision."""
     fit = (~held_out).any(1).nonzero().flatten()
     order = torch.cat([fit[torch.randperm(len(fit), generator=generator)] for _ in range(epochs)]).tolist()
-    optimizer = torch.optim.Adam(weights, lr=RATE, betas=(0.9, 0.95), fused=True)
+    last = _last(runner, layers)
+    optimizer = torch.optim.Adam(weights, lr=LAST_RATE if last else RATE, betas=(0.9, 0.95), fused=True)
     rate = lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / len(order))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     half = torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.dtype != torch.float32)
     for window in tqdm(order, desc=f"distill {layers[0]} to {layers[-1]}", disable=None, leave=False):
-        with torch.enable_grad(), half:
+        fitted = ~held_out[window]
+        with torch.enable_grad():
             hidden = inputs[window : window + 1]
-            for index in layers:
-                hidden = runner.differentiable_layer(index, hidden)
-            loss = _distances(hidden[0], targets[window])[~held_out[window]].mean()
+            with half:
+                for index in layers:
+                    hidden = runner.differentiable_layer(index, hidden)
+            hidden, wanted = hidden[0, fitted], targets[window, fitted]
+            if last:
+                hidden, wanted = hidden[::STRIDE], wanted[::STRIDE]
+                gradient = runner.divergence_gradient(hidden, wanted)
+            else:
+                hidden, gradient = _distances(hidden, wanted).mean(), None
         optimizer.zero_grad()
-        loss.backward()
+        hidden.backward(gradient)
         optimizer.step()
         schedule.step()
+
+
+def _last(runner: LayerRunner, layers: range) -> bool:
+    return layers.stop == runner.num_layers
+
+
+def _divergence(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
+    """KL(dense || model) over the tokens held out, every `STRIDE`th."""
+    return runner.divergence(hidden[held_out][::STRIDE], targets[held_out][::STRIDE])
 
 
 def _distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

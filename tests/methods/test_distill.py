@@ -61,6 +61,26 @@ def test_the_layers_come_closer_to_their_targets_on_windows_held_out(changes, dt
     assert changed and all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_architecture
+def test_the_last_layers_come_closer_to_the_words_of_the_dense_model(changes, dtype):
+    """What the head cannot tell apart does not count."""
+    runner, before, *_ = taught(dtype, **changes)
+    inputs = runner.layers(runner.embed(CALIBRATION), 0, 2)
+    outputs = runner.layers(inputs, 2)
+    targets = LayerRunner(tiny_model(**changes).to(dtype)).layers(inputs, 2)
+    held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
+    held_out[3::4] = True
+    generator = torch.Generator().manual_seed(0)
+    # Scaled targets say the same words, for the norm takes the scale away, while the hidden states' distance is large.
+    found = distill(runner, range(2, 4), inputs, outputs, 3 * targets, held_out, epochs=8, generator=generator)
+    divergences = [runner.divergence(hidden[3::4], targets[3::4]) for hidden in (found, outputs)]
+    assert divergences[0] < 0.8 * divergences[1]
+    assert (found - targets).float().norm() < (found - 3 * targets).float().norm(), "the scale is not learned"
+    changed = {name for name, weight in runner.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed and all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in changed)
+
+
 @pytest.mark.parametrize("dtype, trainable", [(torch.float32, True), (torch.bfloat16, False)])
 def test_the_model_is_left_as_a_model(dtype, trainable):
     runner, _, *streams = taught(dtype, trainable)
