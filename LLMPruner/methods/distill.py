@@ -22,7 +22,7 @@ logger = logging.getLogger("LLMPruner")
 LAYERS = 5
 RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
 LAST_RATE = 3e-4  # of the last block
-STRIDE = 4  # every so many tokens' words are compared: neighbours say much the same, and the head is what costs
+STRIDE = 2  # every so many tokens' words are compared: neighbours say much the same, and the head is what costs
 
 
 def distill(
