@@ -172,7 +172,8 @@ class LayerRunner:
         return functional.cross_entropy(self.model.lm_head(rows).float(), targets, reduction="none")
 
     def _log_probs(self, rows: torch.Tensor) -> torch.Tensor:
-        """Next-token log-probabilities, float32, from the last hidden states."""
+        """Next-token log-probabilities, float32, from the last hidden states, which may be wider than the model."""
+        rows = rows.to(self.model.lm_head.weight.dtype)
         return self.model.lm_head(self.model.model.norm(rows)).float().log_softmax(-1)
 
     def _chunks(self, rows: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

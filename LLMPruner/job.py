@@ -13,7 +13,7 @@ from LLMPruner.errors import UsageError
 from LLMPruner.importance.allocation import Budget, make_budget, reads_layer_scores
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LayerImportance
-from LLMPruner.importance.search import MEASURES, SearchState
+from LLMPruner.importance.search_state import MEASURES, SearchState
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model import checkpoint_bytes, export_bytes
 from LLMPruner.run import check_export_places

@@ -13,7 +13,7 @@ from LLMPruner.config import PLAN_FILE, ExportConfig, PruneConfig
 from LLMPruner.importance.allocation import Budget, adds_bias, allocate, build_plan, level_limits
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
-from LLMPruner.importance.search import SearchState
+from LLMPruner.importance.search_state import SearchState
 from LLMPruner.job import SEARCH_FILE, JobWindows, PruneJob, check_exports, cut_windows, search_key
 from LLMPruner.model import load_model, load_tokenizer, save_model, versions
 from LLMPruner.plan import PruningPlan

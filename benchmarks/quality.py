@@ -35,7 +35,8 @@ from LLMPruner.importance.allocation import Budget, adds_bias, allocate, build_p
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.database import Database
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
-from LLMPruner.importance.search import Fitness, SearchState, fill_database, improve, measure_costs
+from LLMPruner.importance.search import Fitness, fill_database, improve, measure_costs
+from LLMPruner.importance.search_state import SearchState
 from LLMPruner.job import JobWindows, PruneJob, cut_windows
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import count_parameters, load_model, resolve_device, resolve_dtype, versions

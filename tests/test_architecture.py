@@ -40,6 +40,7 @@ LIGHT += (
     "importance/database",
     "importance/layer_analyzer",
     "importance/search",
+    "importance/search_state",
 )
 LIGHT += ("methods/gqa_aware", "methods/mlp", "methods/moments", "methods/obs", "methods/repair", "methods/sublayers")
 HEAVY = {"torch", "transformers", "datasets", "peft", "safetensors", "matplotlib"}

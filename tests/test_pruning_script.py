@@ -163,7 +163,7 @@ def test_distillation_follows_the_repair_and_the_card_says_so(command):
         logs[name] = next(Path("prune_log", name).glob("*/training.log")).read_text()
         cards[name] = Path("prune_log", name, "hf/README.md").read_text()
     assert len({Path("prune_log", name, "pruning_plan.json").read_text() for name in runs}) == 1
-    assert [name for name in runs if "distilled: distance to dense" in logs[name]] == ["distilled"]
+    assert [name for name in runs if "distilled: KL from dense" in logs[name]] == ["distilled"]
     assert [name for name in runs if "| epochs of blockwise distillation | `1` |" in cards[name]] == ["distilled"]
 
 
@@ -213,6 +213,7 @@ def test_no_more_is_written_for_a_search_than_its_corpus_has(trained_dir):
 def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, capsys):
     """Ctrl-C in the middle of a generation leaves the state; --resume ends where a whole run ends, measuring the rest."""
     from LLMPruner.importance import search
+    from LLMPruner.importance.search_state import MEASURES
 
     calls, alone = [], search.Fitness.alone
     monkeypatch.setattr(search.Fitness, "alone", lambda *args: calls.append(args) or alone(*args))
@@ -239,7 +240,7 @@ def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, 
     for other in ("--pruning_ratio=0.3", "--dtype=bfloat16"):
         assert command(*search_flags("--search_generations=4", "--resume", other), name="part") == 2
         assert "other settings" in capsys.readouterr().err
-    monkeypatch.setattr("LLMPruner.job.MEASURES", search.MEASURES - 1)  # a release whose costs meant something else
+    monkeypatch.setattr("LLMPruner.job.MEASURES", MEASURES - 1)  # a release whose costs meant something else
     assert command(*search_flags("--search_generations=4", "--resume"), name="part") == 2
     assert "search anew" in capsys.readouterr().err
 

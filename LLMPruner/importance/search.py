@@ -16,22 +16,19 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from LLMPruner.checkpoint import write_json
 from LLMPruner.config import PruneConfig
-from LLMPruner.errors import RunError, UsageError
-from LLMPruner.importance.allocation import Budget, Sublayer
+from LLMPruner.errors import RunError
+from LLMPruner.importance.allocation import Budget
 from LLMPruner.importance.criteria import CRITERIA, UnitScores, gather_statistics, score_layer
 from LLMPruner.importance.database import Database
 from LLMPruner.importance.knapsack import cheapest_levels, costs_between
+from LLMPruner.importance.search_state import SearchState
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.methods.sublayers import KINDS
-from LLMPruner.run import read_json_file
 
 if TYPE_CHECKING:
     import torch
@@ -47,49 +44,6 @@ SHIFT = 1 / 6  # by this part of the levels that a sublayer may take a generatio
 # As far as an offspring may go of these shifts, in whole levels: sublayers shifted together cost more than each alone.
 WIDTHS = (1 / 3, 2 / 3, 1.0)
 STRIDE = 4  # every so many positions of a window count: neighbours say much the same, and the head is what costs
-MEASURES = 6  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
-
-
-@dataclass
-class SearchState:
-    """What a search has found so far; saved after every step, so that an interrupted one continues."""
-
-    costs: list[dict[int, float]] = field(default_factory=list)  # by sublayer: KL at the levels measured so far
-    levels: list[int] | None = None  # the best so far
-    fitness: float | None = None  # its KL, nats a token
-    generation: int = 0
-    stale: int = 0  # generations since the last improvement
-    shifts: list[dict[int, float]] = field(default_factory=list)  # like costs, of the best plan, in the generation under way
-
-    def save(self, path: Path, key: dict[str, Any]) -> None:
-        """Write the state as JSON; `key` says which search it belongs to."""
-        write_json(path, {"key": key, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: Path, key: dict[str, Any], sublayers: Sequence[Sublayer]) -> SearchState:
-        """Read back what was found for `sublayers`. Raises UsageError when it is missing, malformed or of another search."""
-        data = read_json_file(path, "--resume: the search state")
-        if not isinstance(data, dict) or data.pop("key", None) != key:
-            raise UsageError(f"--resume: {path} is of a search with other settings: repeat its command, or search anew")
-        try:
-            state = cls(**data)
-            for name in ("costs", "shifts"):  # JSON's keys are text
-                setattr(state, name, [{int(level): kl for level, kl in known.items()} for known in getattr(state, name)])
-            for levels in (state.levels, state.costs, state.shifts):
-                _check_levels(levels or [], sublayers)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"--resume: {path} is not a search state: {error}") from error
-        return state
-
-
-def _check_levels(levels: Sequence[Any], sublayers: Sequence[Sublayer]) -> None:
-    """Raise ValueError or TypeError unless `levels`, a level or a dict of levels a sublayer, is empty or all are theirs."""
-    if len(levels) not in (0, len(sublayers)):
-        raise ValueError(f"it knows {len(levels)} sublayers of {len(sublayers)}")
-    for sublayer, some in zip(sublayers, levels, strict=False):
-        for level in some if isinstance(some, dict) else [some]:
-            if not isinstance(level, int) or level not in range(len(sublayer.levels)):
-                raise ValueError(f"layer {sublayer.layer}'s {sublayer.kind} has no level {level}")
 
 
 class Fitness:

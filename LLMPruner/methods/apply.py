@@ -73,8 +73,9 @@ def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
 
 
 def _blocks(num_layers: int) -> Iterator[range]:
-    for start in range(0, num_layers, LAYERS):
-        yield range(start, min(start + LAYERS, num_layers))
+    """Layers that are distilled together. A shorter block comes first: the last one moves the words."""
+    for stop in range((num_layers - 1) % LAYERS + 1, num_layers + 1, LAYERS):
+        yield range(max(0, stop - LAYERS), stop)
 
 
 def _heal(runner: LayerRunner, kind: Kind, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:

@@ -1,9 +1,10 @@
 """Blockwise distillation: the kept weights of a few layers in a row learn to answer as those layers did in the dense model.
 
-Gradient steps, but no label, no loss of the whole model, and never more than one block in float32: each block is given what the
-pruned layers before pass on and is to give back the dense model's hidden states (block reconstruction: BRECQ, Li et al. 2021).
-It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost nothing. Behind
-the last block there is only the head, so what counts there is not how near the hidden states are, but the words they give.
+Gradient steps, but no label, no gradient through the whole model, and never more than one block in float32. Each block is given
+what the pruned layers before pass on and is to give back the dense model's hidden states (block reconstruction: BRECQ, Li et
+al. 2021). It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost
+nothing. Behind the last block there is only the head: what counts there is not how near the hidden states are, but which words
+they give.
 """
 
 from __future__ import annotations
@@ -59,16 +60,27 @@ def distill(
         weight.data = weight.data.to(before.dtype)
         weight.requires_grad_(trainable)
     distilled = runner.layers(inputs, layers.start, layers.stop)
-    distance = _divergence if _last(runner, layers) else _distance
-    distances = [distance(runner, hidden, targets, held_out) for hidden in (outputs, distilled)]
-    better = distances[1] < distances[0]  # not if NaN
-    verdict = "" if better else ", not kept"
-    logger.info("layers %d to %d distilled: distance to dense %.5f to %.5f%s", layers[0], layers[-1], *distances, verdict)
-    if better:
+    if _better(runner, layers, outputs, distilled, targets, held_out):
         return distilled
     for weight, (before, _) in zip(weights, healed, strict=True):
         weight.data = before
     return outputs
+
+
+def _better(
+    runner: LayerRunner,
+    layers: range,
+    outputs: torch.Tensor,
+    distilled: torch.Tensor,
+    targets: torch.Tensor,
+    held_out: torch.Tensor,
+) -> bool:
+    """Whether `distilled` is nearer than `outputs` to `targets` on the tokens held out; not where it is NaN."""
+    distance, name = (_divergence, "KL from") if _last(runner, layers) else (_distance, "distance to")
+    before, after = (distance(runner, hidden, targets, held_out) for hidden in (outputs, distilled))
+    verdict = "" if after < before else ", not kept"
+    logger.info("layers %d to %d distilled: %s dense %.5f to %.5f%s", layers[0], layers[-1], name, before, after, verdict)
+    return after < before
 
 
 def _train(
@@ -114,7 +126,8 @@ def _last(runner: LayerRunner, layers: range) -> bool:
 
 def _divergence(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
     """KL(dense || model) over the tokens held out, every `STRIDE`th."""
-    return runner.divergence(hidden[held_out][::STRIDE], targets[held_out][::STRIDE])
+    seen = held_out.flatten().nonzero().flatten()[::STRIDE]
+    return runner.divergence(hidden.flatten(0, 1)[seen], targets.flatten(0, 1)[seen])
 
 
 def _distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ from LLMPruner.importance.allocation import Sublayer, build_plan, level_limits, 
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.database import Database, _packed, _unpacked
 from LLMPruner.importance.knapsack import costs_between, knapsack
-from LLMPruner.importance.search import Fitness, SearchState, measured_levels, search, shifted, shifted_levels
+from LLMPruner.importance.search import Fitness, measured_levels, search, shifted, shifted_levels
+from LLMPruner.importance.search_state import SearchState
 from LLMPruner.methods.apply import apply_plan
 
 CALIBRATION = random_windows(12, 16, seed=1)
@@ -237,8 +238,17 @@ def test_a_state_is_refused_for_another_search(tmp_path):
         {"levels": [0, 1.0]},
         {"levels": [0, "1"]},
         {"levels": 2},
-        {"shifts": [{}, {}, {}]},
-        {"shifts": [{}, {7: 0.1}]},
+        {"levels": 0},
+        {"levels": [True, False]},
+        {"generation": 1},
+        {"generation": 1, "costs": [{}, {}]},
+        {"generation": "1", "levels": [0, 0]},
+        {"stale": None},
+        {"costs": [{"1": "x"}, {}]},
+        {"costs": [{"1": None}, {}]},
+        {"shifts": [{"1": 0.1}, {}]},
+        {"levels": [0, 0], "shifts": [{}, {}, {}]},
+        {"levels": [0, 0], "shifts": [{}, {7: 0.1}]},
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ from LLMPruner.data import load_windows
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.forward import LayerRunner
 from LLMPruner.methods import apply
+from LLMPruner.methods import distill as distill_module
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.methods.distill import _distances, distill
 from LLMPruner.model import load_model
@@ -20,6 +21,9 @@ from LLMPruner.plan import LayerPlan, PruningPlan
 from LLMPruner.source import find_model
 
 CALIBRATION = random_windows(20, 16, seed=1)
+
+
+LAST = range(2, 4)  # layers of the tiny model that only the head comes behind
 
 
 def halved(geometry) -> PruningPlan:
@@ -42,11 +46,19 @@ def taught(dtype=torch.float32, trainable=True, **changes):
     return runner, before, inputs, outputs, targets
 
 
-def distilled(runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0):
+def last_taught(dtype=torch.float32, **changes):
+    """As `taught`, for the last two layers, of which one was disturbed."""
+    runner, before, *_ = taught(dtype, **changes)
+    inputs = runner.layers(runner.embed(CALIBRATION), 0, 2)
+    targets = LayerRunner(tiny_model(**changes).to(dtype)).layers(inputs, 2)
+    return runner, before, inputs, runner.layers(inputs, 2), targets
+
+
+def distilled(runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0, layers=range(1, 3)):
     held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
     held_out[held - 1 :: held] = True
     generator = torch.Generator().manual_seed(seed)
-    return distill(runner, range(1, 3), inputs, outputs, targets, held_out, epochs=epochs, generator=generator)
+    return distill(runner, layers, inputs, outputs, targets, held_out, epochs=epochs, generator=generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,15 +77,9 @@ def test_the_layers_come_closer_to_their_targets_on_windows_held_out(changes, dt
 @each_architecture
 def test_the_last_layers_come_closer_to_the_words_of_the_dense_model(changes, dtype):
     """What the head cannot tell apart does not count."""
-    runner, before, *_ = taught(dtype, **changes)
-    inputs = runner.layers(runner.embed(CALIBRATION), 0, 2)
-    outputs = runner.layers(inputs, 2)
-    targets = LayerRunner(tiny_model(**changes).to(dtype)).layers(inputs, 2)
-    held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
-    held_out[3::4] = True
-    generator = torch.Generator().manual_seed(0)
+    runner, before, inputs, outputs, targets = last_taught(dtype, **changes)
     # Scaled targets say the same words, for the norm takes the scale away, while the hidden states' distance is large.
-    found = distill(runner, range(2, 4), inputs, outputs, 3 * targets, held_out, epochs=8, generator=generator)
+    found = distilled(runner, inputs, outputs, 3 * targets, epochs=8, layers=LAST)
     divergences = [runner.divergence(hidden[3::4], targets[3::4]) for hidden in (found, outputs)]
     assert divergences[0] < 0.8 * divergences[1]
     assert (found - targets).float().norm() < (found - 3 * targets).float().norm(), "the scale is not learned"
@@ -89,24 +95,49 @@ def test_the_model_is_left_as_a_model(dtype, trainable):
     assert {(weight.dtype, weight.requires_grad, weight.grad) for weight in weights} == {(dtype, trainable, None)}
 
 
+@pytest.mark.parametrize("layers", [range(1, 3), LAST])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_worse_on_windows_held_out_is_taken_back(dtype, caplog):
+def test_what_is_worse_on_windows_held_out_is_taken_back(dtype, layers, caplog):
     """Held-out targets that contradict the others: the healed weights come back to the last bit."""
     caplog.set_level(logging.INFO, "LLMPruner")
-    runner, before, inputs, outputs, targets = taught(dtype)
+    runner, before, inputs, outputs, targets = (last_taught if layers is LAST else taught)(dtype)
     targets[3::4] = outputs[3::4]
-    assert distilled(runner, inputs, outputs, targets) is outputs
+    assert distilled(runner, inputs, outputs, targets, layers=layers) is outputs
     assert all(torch.equal(weight, before[name]) for name, weight in runner.model.named_parameters())
     assert "not kept" in caplog.text
 
 
+def test_the_last_layers_are_judged_by_words_and_not_by_hidden_states(monkeypatch, caplog):
+    """What lies further from hidden states but gives their words is kept, and what is near them without is not."""
+    caplog.set_level(logging.INFO, "LLMPruner")
+    runner, _, inputs, outputs, targets = last_taught()
+    better = [
+        distill_module._better(runner, layers, *pair, targets, torch.ones(CALIBRATION.shape, dtype=torch.bool))
+        for layers in (LAST, range(1, 3))
+        for pair in ((outputs, 9 * targets), (9 * targets, outputs))
+    ]
+    assert better == [True, False, False, True] and caplog.text.count("KL from dense") == 2
+
+
+def test_every_second_token_teaches_the_last_layers_its_words():
+    weights = []
+    for token in (None, 1, 2):
+        runner, _, inputs, outputs, targets = last_taught()
+        if token is not None:
+            targets[0, token] = -targets[0, token]
+        distilled(runner, inputs, outputs, targets, layers=LAST)
+        weights.append(runner.decoder_layer(3).mlp.down_proj.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("layers", [range(1, 3), LAST])
 @pytest.mark.parametrize("held", [4, 20])
-def test_windows_held_out_teach_nothing(held):
+def test_windows_held_out_teach_nothing(held, layers):
     weights = []
     for change in (1.0, 1.001):
-        runner, _, inputs, outputs, targets = taught()
-        targets[held - 1 :: held] *= change
-        distilled(runner, inputs, outputs, targets, held=held)
+        runner, _, inputs, outputs, targets = (last_taught if layers is LAST else taught)()
+        targets[held - 1 :: held] += change - 1
+        distilled(runner, inputs, outputs, targets, held=held, layers=layers)
         weights.append(runner.decoder_layer(2).mlp.down_proj.weight)
     assert torch.equal(*weights)
 
@@ -198,7 +229,7 @@ def test_layers_before_the_first_few_that_lost_something_learn_nothing(monkeypat
 
 
 def test_a_block_without_any_sublayer_left_is_passed_by(monkeypatch):
-    monkeypatch.setattr(apply, "LAYERS", 3)
+    monkeypatch.setattr(apply, "LAYERS", 1)
     model = tiny_model()
     plan = PruningPlan.dense(geometry_of(model)).with_layer(0, LayerPlan((0,), (0, 1))).with_layer(3, LayerPlan((), ()))
     apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
@@ -233,15 +264,34 @@ def test_a_dense_plan_is_not_distilled(monkeypatch):
     apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
 
 
-def test_layers_without_sublayers_are_distilled(caplog):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("removed", [(1, 2), (2, 3), (3, 2)], ids=str)
+@pytest.mark.parametrize("few", [2, 5])
+def test_layers_without_sublayers_are_distilled(monkeypatch, caplog, removed, dtype, few):
+    """Whatever they pass on: what stands where one was is as wide as the norm's weights, which learn in float32."""
     caplog.set_level(logging.INFO, "LLMPruner")
-    model = tiny_model()
-    plan = PruningPlan.dense(geometry_of(model)).with_layer(1, LayerPlan((), (0, 1))).with_layer(2, LayerPlan((0,), ()))
+    monkeypatch.setattr(apply, "LAYERS", few)
+    model = tiny_model().to(dtype)
+    attention, mlp = removed
+    plan = (
+        PruningPlan.dense(geometry_of(model)).with_layer(attention, LayerPlan((), (0, 1))).with_layer(mlp, LayerPlan((0,), ()))
+    )
     apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
-    assert "layers 0 to 3 distilled" in caplog.text
+    assert "to 3 distilled: KL from dense" in caplog.text
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
-def test_distillation_lowers_the_perplexity_of_a_repaired_model(trained_dir, data_dir, tokenizer):
+@pytest.mark.parametrize("num_layers", range(1, 12))
+def test_the_shorter_block_comes_first(num_layers):
+    blocks = list(apply._blocks(num_layers))
+    assert [index for block in blocks for index in block] == list(range(num_layers))
+    assert all(len(block) == apply.LAYERS for block in blocks[1:]) and 0 < len(blocks[0]) <= apply.LAYERS
+
+
+@pytest.mark.parametrize("few", [2, 5])
+def test_distillation_lowers_the_perplexity_of_a_repaired_model(monkeypatch, trained_dir, data_dir, tokenizer, few):
+    monkeypatch.setattr(apply, "LAYERS", few)
+
     def windows(split, samples):
         return load_windows(tokenizer, "wikitext2", split, seq_len=64, samples=samples, data_dir=str(data_dir))
 
