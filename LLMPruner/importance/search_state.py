@@ -56,7 +56,8 @@ class SearchState:
             raise ValueError(f"its plan is of {len(self.levels)} sublayers, not {len(sublayers)}")
         if not {len(self.costs), len(self.shifts)} <= {0, len(sublayers)}:
             raise ValueError(f"it knows {len(self.costs)} and {len(self.shifts)} sublayers of {len(sublayers)}")
-        for found in (self.costs, self.shifts, [] if self.levels is None else [[level] for level in self.levels]):
+        plan = [[level] for level in self.levels or ()]
+        for found in (plan, self.costs, self.shifts):
             for sublayer, levels in zip(sublayers, found, strict=False):  # nothing may be known of any
                 for level in levels:
                     if type(level) is not int or level not in range(len(sublayer.levels)):

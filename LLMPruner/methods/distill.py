@@ -103,6 +103,7 @@ def _train(
     half = torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.dtype != torch.float32)
     for window in tqdm(order, desc=f"distill {layers[0]} to {layers[-1]}", disable=None, leave=False):
         fitted = ~held_out[window]
+        optimizer.zero_grad()
         with torch.enable_grad():
             hidden = inputs[window : window + 1]
             with half:
@@ -111,11 +112,9 @@ def _train(
             hidden, wanted = hidden[0, fitted], targets[window, fitted]
             if last:
                 hidden, wanted = hidden[::STRIDE], wanted[::STRIDE]
-                gradient = runner.divergence_gradient(hidden, wanted)
+                hidden.backward(runner.divergence_gradient(hidden, wanted))
             else:
-                hidden, gradient = _distances(hidden, wanted).mean(), None
-        optimizer.zero_grad()
-        hidden.backward(gradient)
+                _distances(hidden, wanted).mean().backward()
         optimizer.step()
         schedule.step()
 

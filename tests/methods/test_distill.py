@@ -21,40 +21,31 @@ from LLMPruner.plan import LayerPlan, PruningPlan
 from LLMPruner.source import find_model
 
 CALIBRATION = random_windows(20, 16, seed=1)
-
-
-LAST = range(2, 4)  # layers of the tiny model that only the head comes behind
+# Layers of the tiny model; only the head comes behind the last.
+MIDDLE, LAST = range(1, 3), range(2, 4)
 
 
 def halved(geometry) -> PruningPlan:
     return PruningPlan(geometry, (LayerPlan((1,), tuple(range(0, geometry.intermediate_size, 2))),) * geometry.num_layers)
 
 
-def taught(dtype=torch.float32, trainable=True, **changes):
-    """Layers 1 and 2 of a model distilled to what the same layers gave before their weights were disturbed."""
+def taught(dtype=torch.float32, trainable=True, layers=MIDDLE, **changes):
+    """What distills `layers` of a model to what they gave before their weights were disturbed."""
     model = tiny_model(**changes).to(dtype).requires_grad_(trainable)
     runner = LayerRunner(model)
-    inputs = runner.layer(0, runner.embed(CALIBRATION))
-    targets = runner.layers(inputs, 1, 3)
+    inputs = runner.layers(runner.embed(CALIBRATION), 0, layers.start)
+    targets = runner.layers(inputs, layers.start, layers.stop)
     torch.manual_seed(0)
     with torch.no_grad():
-        for index in (1, 2):
+        for index in layers:
             for weight in runner.decoder_layer(index).parameters():
                 weight.add_(0.02 * torch.randn_like(weight))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    outputs = runner.layers(inputs, 1, 3)
+    outputs = runner.layers(inputs, layers.start, layers.stop)
     return runner, before, inputs, outputs, targets
 
 
-def last_taught(dtype=torch.float32, **changes):
-    """As `taught`, for the last two layers, of which one was disturbed."""
-    runner, before, *_ = taught(dtype, **changes)
-    inputs = runner.layers(runner.embed(CALIBRATION), 0, 2)
-    targets = LayerRunner(tiny_model(**changes).to(dtype)).layers(inputs, 2)
-    return runner, before, inputs, runner.layers(inputs, 2), targets
-
-
-def distilled(runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0, layers=range(1, 3)):
+def distilled(runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0, layers=MIDDLE):
     held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
     held_out[held - 1 :: held] = True
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +68,7 @@ def test_the_layers_come_closer_to_their_targets_on_windows_held_out(changes, dt
 @each_architecture
 def test_the_last_layers_come_closer_to_the_words_of_the_dense_model(changes, dtype):
     """What the head cannot tell apart does not count."""
-    runner, before, inputs, outputs, targets = last_taught(dtype, **changes)
+    runner, before, inputs, outputs, targets = taught(dtype, layers=LAST, **changes)
     # Scaled targets say the same words, for the norm takes the scale away, while the hidden states' distance is large.
     found = distilled(runner, inputs, outputs, 3 * targets, epochs=8, layers=LAST)
     divergences = [runner.divergence(hidden[3::4], targets[3::4]) for hidden in (found, outputs)]
@@ -95,25 +86,25 @@ def test_the_model_is_left_as_a_model(dtype, trainable):
     assert {(weight.dtype, weight.requires_grad, weight.grad) for weight in weights} == {(dtype, trainable, None)}
 
 
-@pytest.mark.parametrize("layers", [range(1, 3), LAST])
+@pytest.mark.parametrize("layers", [MIDDLE, LAST])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_worse_on_windows_held_out_is_taken_back(dtype, layers, caplog):
     """Held-out targets that contradict the others: the healed weights come back to the last bit."""
     caplog.set_level(logging.INFO, "LLMPruner")
-    runner, before, inputs, outputs, targets = (last_taught if layers is LAST else taught)(dtype)
+    runner, before, inputs, outputs, targets = taught(dtype, layers=layers)
     targets[3::4] = outputs[3::4]
     assert distilled(runner, inputs, outputs, targets, layers=layers) is outputs
     assert all(torch.equal(weight, before[name]) for name, weight in runner.model.named_parameters())
     assert "not kept" in caplog.text
 
 
-def test_the_last_layers_are_judged_by_words_and_not_by_hidden_states(monkeypatch, caplog):
+def test_the_last_layers_are_judged_by_words_and_not_by_hidden_states(caplog):
     """What lies further from hidden states but gives their words is kept, and what is near them without is not."""
     caplog.set_level(logging.INFO, "LLMPruner")
-    runner, _, inputs, outputs, targets = last_taught()
+    runner, _, _, outputs, targets = taught(layers=LAST)
     better = [
         distill_module._better(runner, layers, *pair, targets, torch.ones(CALIBRATION.shape, dtype=torch.bool))
-        for layers in (LAST, range(1, 3))
+        for layers in (LAST, MIDDLE)
         for pair in ((outputs, 9 * targets), (9 * targets, outputs))
     ]
     assert better == [True, False, False, True] and caplog.text.count("KL from dense") == 2
@@ -122,7 +113,7 @@ def test_the_last_layers_are_judged_by_words_and_not_by_hidden_states(monkeypatc
 def test_every_second_token_teaches_the_last_layers_its_words():
     weights = []
     for token in (None, 1, 2):
-        runner, _, inputs, outputs, targets = last_taught()
+        runner, _, inputs, outputs, targets = taught(layers=LAST)
         if token is not None:
             targets[0, token] = -targets[0, token]
         distilled(runner, inputs, outputs, targets, layers=LAST)
@@ -130,12 +121,12 @@ def test_every_second_token_teaches_the_last_layers_its_words():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("layers", [range(1, 3), LAST])
+@pytest.mark.parametrize("layers", [MIDDLE, LAST])
 @pytest.mark.parametrize("held", [4, 20])
 def test_windows_held_out_teach_nothing(held, layers):
     weights = []
     for change in (1.0, 1.001):
-        runner, _, inputs, outputs, targets = (last_taught if layers is LAST else taught)()
+        runner, _, inputs, outputs, targets = taught(layers=layers)
         targets[held - 1 :: held] += change - 1
         distilled(runner, inputs, outputs, targets, held=held, layers=layers)
         weights.append(runner.decoder_layer(2).mlp.down_proj.weight)
