@@ -26,7 +26,7 @@ import torch
 
 from LLMPruner import cli
 from LLMPruner.checkpoint import write_json, write_text
-from LLMPruner.config import PRESETS, EvalConfig, PruneConfig, RunConfig
+from LLMPruner.config import PRESETS, EvalConfig, PruneConfig, RunConfig, require_at_least
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.evaluator.ppl import load_eval_windows
@@ -200,6 +200,8 @@ def recipe(argv: Sequence[str]) -> None:
     """Check, then measure what is missing; write the JSON after every row, the table and the plot at the end."""
     args = parse(argv)
     run = RunConfig(seed=args.seed, data_dir=args.data_dir)
+    require_at_least("--seq_len", args.seq_len, 2)  # EvalConfig has other names for both
+    require_at_least("--windows", args.windows, 0)
     evaluation = EvalConfig(CORPORA, args.seq_len, args.windows)
     source = find_model(args.base_model, "--base_model")
     check_seq_len(source, "--seq_len", args.seq_len)

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 
 from LLMPruner import cli
 from LLMPruner.checkpoint import write_json
-from LLMPruner.data import load_windows
+from LLMPruner.config import require_at_least
+from LLMPruner.data import check_corpus, load_windows
 from LLMPruner.errors import UsageError
 from LLMPruner.model import load_model
-from LLMPruner.source import find_model
+from LLMPruner.source import check_seq_len, find_model
 
 CORPORA = ("wikitext2", "ptb", "news")
 
@@ -59,7 +60,13 @@ def save_model(model: Any, folder: Path) -> None:
 def recipe(argv: Sequence[str]) -> None:
     """Write both."""
     args = parse(argv)
-    dense = load_model(find_model(args.base_model, "--base_model"), dtype="float32")
+    for flag, least in (("seq_len", 2), ("windows", 0), ("samples", 1)):
+        require_at_least(f"--{flag}", getattr(args, flag), least)
+    source = find_model(args.base_model, "--base_model")
+    check_seq_len(source, "--seq_len", args.seq_len)
+    for name, split in (*((name, "train") for name in args.calibrations), *((name, "test") for name in CORPORA)):
+        check_corpus(name, args.data_dir, split, args.seq_len)
+    dense = load_model(source, dtype="float32")
     save_model(dense.model, args.output / "model")
     common = {"seq_len": args.seq_len, "data_dir": args.data_dir}
     windows = {}
