@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from LLMPruner import cli
-from LLMPruner.checkpoint import write_json, write_text
 from LLMPruner.errors import DamagedError
-from LLMPruner.source import find_model
+from LLMPruner.files import check_output_file, write_json, write_text
+from LLMPruner.model.source import find_model
 
 if TYPE_CHECKING:
     from LLMPruner.evaluator.health import Diagnosis
@@ -23,13 +23,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_path", required=True, help="a .bin of these scripts, a Hugging Face directory, or 'embedded'")
     parser.add_argument("--test_forward", action=cli.Switch, default=False, help="also run the model and generate a few tokens")
     parser.add_argument("--save_report", metavar="FILE", help="write the report too; as JSON where FILE ends in .json")
-    cli.add_run_flags(parser)
+    cli.add_common_flags(parser)
     return parser
 
 
 def diagnose(args: argparse.Namespace) -> Diagnosis:
     """Find and examine the model. Raises UsageError where there is none: a file that is there and damaged is a diagnosis."""
-    settings = cli.run_config(args)
+    settings = cli.common_config(args)
     try:
         source = find_model(args.model_path, "--model_path")
     except DamagedError as error:
@@ -46,7 +46,7 @@ def recipe(argv: Sequence[str]) -> int:
     """Parse, check, diagnose; returns 0 for a healthy model, 1 for an unhealthy one."""
     args = build_parser().parse_args(argv)
     if args.save_report is not None:
-        cli.check_output_file(args.save_report, "--save_report")
+        check_output_file(args.save_report, "--save_report")
     diagnosis = diagnose(args)
 
     from LLMPruner.evaluator.health import report_text

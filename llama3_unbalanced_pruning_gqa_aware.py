@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from LLMPruner import cli
-from LLMPruner.config import PRESETS, PruneConfig
-from LLMPruner.errors import UsageError
-from LLMPruner.job import PruneJob, preflight
-from LLMPruner.pipeline import prune
+from LLMPruner.config import PRESETS
+from LLMPruner.model.source import find_model
 from LLMPruner.run import Run, check_experiment
-from LLMPruner.source import find_model
+from LLMPruner.stages.job import PruneJob, check_prune
+from LLMPruner.stages.prune import prune
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,7 +20,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base_model", help="Hugging Face directory, hub id or .gguf file; default: the embedded SmolLM2-135M")
     parser.add_argument("--save_ckpt_log_name", required=True, help="experiment name: results go to prune_log/NAME")
     parser.add_argument("--save_model", action=cli.Switch, default=True, help="write pytorch_model.bin")
-    parser.add_argument("--dry_run", action="store_true", help="print the plan and the sizes, write nothing but the log")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the plan and the sizes, write nothing but the log; loads the model and runs the analysis, and a search too",
+    )
     parser.add_argument("--test_original_ppl", action=cli.Switch, default=False, help="measure the dense model's PPL first")
     parser.add_argument("--test_after_prune", action=cli.Switch, default=False, help="measure the PPL after pruning")
     parser.add_argument("--finetune", action=cli.Switch, default=False, help="fine-tune after pruning")
@@ -31,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_training_flags(parser, "finetune_")
     cli.add_lora_flags(parser)
     cli.add_export_flags(parser)
-    cli.add_run_flags(parser)
+    cli.add_common_flags(parser)
     return parser
 
 
@@ -47,13 +50,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def build_job(args: argparse.Namespace) -> PruneJob:
     """Check the flags and inspect the model; no weights are read."""
-    if args.skip_importance_analysis != (args.layer_importance_config is not None):
-        raise UsageError("--skip_importance_analysis and --layer_importance_config FILE go together")
-    config: PruneConfig = cli.prune_config(args)
+    config = cli.prune_config(args)
     finetune = cli.finetune_config(args, "finetune_", args.finetune_method)
     return PruneJob(
         prune=config,
-        run=cli.run_config(args),
+        common=cli.common_config(args),
         evaluation=cli.eval_config(args, args.eval_seq_len),
         finetune=finetune if args.finetune else None,
         export=cli.export_config(args),
@@ -70,8 +71,8 @@ def recipe(argv: Sequence[str]) -> None:
     args = parse(argv)
     folder = check_experiment(args.save_ckpt_log_name, "--save_ckpt_log_name")
     job = build_job(args)
-    budget, importance = preflight(job, folder)
-    with Run(folder, __file__, argv, seed=job.run.seed, dry_run=job.dry_run) as run:
+    budget, importance = check_prune(job, folder)
+    with Run(folder, __file__, argv, seed=job.common.seed, device=job.common.device, dry_run=job.dry_run) as run:
         prune(job, run, budget, importance)
 
 

@@ -18,11 +18,12 @@ _PUBLIC = {
     "PruneConfig": "config",
     "EvalConfig": "config",
     "FinetuneConfig": "config",
-    "find_model": "source",
-    "load_model": "model",
-    "save_model": "model",
+    "find_model": "model.source",
+    "load_model": "model.load",
+    "save_model": "model.load",
     "perplexity": "evaluator.ppl",
-    "prune": "pipeline",
+    "prune": "stages.prune",
+    "recover": "stages.recover",
 }
 
 __all__ = list(_PUBLIC)

@@ -7,29 +7,28 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
 
 from LLMPruner.config import (
     EXPORT_FORMATS,
     GGUF_TYPES,
     PRESETS,
+    CommonConfig,
     EvalConfig,
     ExportConfig,
     FinetuneConfig,
     LoraConfig,
     PruneConfig,
-    RunConfig,
 )
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.importance.allocation import STRATEGIES
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
 from LLMPruner.methods.repair import REPAIRS
-from LLMPruner.model import DTYPES
-from LLMPruner.run import existing_path
+from LLMPruner.model.device import DTYPES
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,121 +83,80 @@ def _finish(message: object, code: int, note: str = "") -> int:
     return code
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+# What a flag may be, where its type does not say so; the registries are what there is.
+CHOICES: dict[str, Any] = {
+    "dtype": DTYPES,
+    "ratio_base": ("auto", "model", "selected"),
+    "layer_importance_method": LAYER_METHODS,
+    "pruning_strategy": STRATEGIES,
+    "importance": CRITERIA,
+    "repair": REPAIRS,
+}
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, config: type, title: str, *, prefix: str = "", leave_out: Collection[str] = ()
+) -> None:
+    """A flag `--<prefix><name>` for every field of the dataclass `config` that is a `config.setting`."""
+    hints = get_type_hints(config)
+    group = parser.add_argument_group(title)
+    for entry in fields(config):
+        if "help" not in entry.metadata or entry.name in leave_out:
+            continue
+        if entry.metadata["group"] not in (None, group.title):
+            group = parser.add_argument_group(entry.metadata["group"])
+        kind, default = hints[entry.name], entry.default
+        options: dict[str, Any] = {"help": entry.metadata["help"], "default": default}
+        if kind is bool:
+            options["action"] = Switch
+        elif isinstance(default, tuple):
+            options |= {"nargs": "+", "default": list(default)}
+        else:
+            options["type"] = next(part for part in (*get_args(kind), kind) if part is not type(None))
+            options["choices"] = CHOICES.get(entry.name)
+        group.add_argument(f"--{prefix}{entry.name}", **options)
+
+
+def settings_of(config: type, args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """The values that the flags `--<prefix><name>` gave to the fields of `config`."""
+    names = [entry.name for entry in fields(config) if "help" in entry.metadata and hasattr(args, prefix + entry.name)]
+    return {name: getattr(args, prefix + name) for name in names}
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """--seed, --dtype, --device, --data_dir: the same on every script."""
-    group = parser.add_argument_group("machine and data")
-    defaults = RunConfig()
-    group.add_argument("--seed", type=int, default=defaults.seed, help="seed of every random choice")
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default=defaults.dtype,
-        help="precision of the weights; auto: bfloat16 where the hardware is fast at it, else float32",
-    )
-    group.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:N, mps; auto: the GPU where there is one")
-    group.add_argument(
-        "--data_dir", help="folder with local corpora (wikitext-2-raw/test.txt and the like), looked at before the hub"
-    )
+    add_settings(parser, CommonConfig, "machine and data")
 
 
-def add_eval_flags(parser: argparse.ArgumentParser, *, seq_len_flag: str | None = "--eval_seq_len") -> None:
-    """--eval_datasets, --eval_samples and the window length (None: the script has a flag of its own for it)."""
-    group = parser.add_argument_group("evaluation")
-    defaults = EvalConfig()
-    group.add_argument("--eval_datasets", nargs="+", default=list(defaults.datasets), help="corpora to report PPL on")
-    group.add_argument(
-        "--eval_samples", type=int, default=defaults.samples, help="windows spread evenly over the test split; 0: all"
-    )
-    if seq_len_flag is not None:
-        group.add_argument(seq_len_flag, type=int, default=defaults.seq_len, help="tokens of an evaluation window")
+def add_eval_flags(parser: argparse.ArgumentParser, *, seq_len: bool = True) -> None:
+    """--eval_datasets, --eval_samples and --eval_seq_len, unless the script has a flag of its own for the window length."""
+    add_settings(parser, EvalConfig, "evaluation", prefix="eval_", leave_out=() if seq_len else ("seq_len",))
 
 
 def add_prune_flags(parser: argparse.ArgumentParser) -> None:
     """What to remove and how: budget, layers, and the three choices importance, strategy, repair."""
-    defaults = PruneConfig()
-
-    def add(group: argparse._ArgumentGroup, name: str, text: str, **options: Any) -> None:
-        group.add_argument("--" + name, default=getattr(defaults, name), help=text, **options)
-
     parser.add_argument(
         "--preset",
         choices=PRESETS,
         help="set --importance, --pruning_strategy, --repair (best: also its text, distillation) at once; explicit flags win",
     )
-    budget = parser.add_argument_group("budget")
-    add(budget, "pruning_ratio", "fraction of the parameters to remove, in (0, 1)", type=float)
-    add(budget, "prune_attention", "prune KV groups", action=Switch)
-    add(budget, "prune_mlp", "prune MLP channels", action=Switch)
-    add(
-        budget,
-        "ratio_base",
-        "base of the ratio; auto: the model when attention and MLP of all layers are pruned, else the selected sublayers",
-        choices=("auto", "model", "selected"),
-    )
-    add(budget, "round_to", "keep channels in multiples of this; default: from the width, 256 at 8B", type=int)
-    add(budget, "layer_start", "first layer to prune", type=int)
-    add(budget, "layer_end", "layer to stop before; default: all layers", type=int)
-
-    layers = parser.add_argument_group("layers")
-    add(layers, "layer_importance_method", "how layers are scored", choices=LAYER_METHODS)
-    add(layers, "layer_importance_samples", "windows for the layer scores", type=int)
-    add(layers, "layer_importance_seq_len", "tokens of such a window", type=int)
-    add(layers, "pruning_strategy", "how scores become rates", choices=STRATEGIES)
-    add(layers, "layer_importance_weight", "how strongly scores steer the rates; 0: uniform", type=float)
-    add(layers, "min_pruning_rate", "least share a pruned sublayer loses", type=float)
-    add(layers, "max_pruning_rate", "largest share a pruned sublayer loses", type=float)
-    add(layers, "freeze_top_n_layers", "the N most important layers stay whole", type=int)
+    add_settings(parser, PruneConfig, "budget")
+    layers = parser.add_argument_group("layer scores of an earlier run")
     layers.add_argument(
         "--skip_importance_analysis", action="store_true", help="re-use the scores of --layer_importance_config"
     )
     layers.add_argument("--layer_importance_config", metavar="FILE", help="layer_importance_config.json of an earlier run")
 
-    search = parser.add_argument_group("search")
-    add(search, "search_generations", "generations after the start, each a measured shift of every sublayer", type=int)
-    add(search, "search_tokens", "held-out tokens that KL is measured on, half of them written by the dense model", type=int)
-    add(search, "search_minutes", "minutes until the best plan so far is taken, once every sublayer was measured", type=float)
-    add(search, "resume", "continue the interrupted search of this experiment", action=Switch)
-    add(search, "allow_sublayer_removal", "a whole attention or MLP may go", action=Switch)
-
-    units = parser.add_argument_group("units and repair")
-    add(units, "importance", "how KV groups and channels are scored", choices=CRITERIA)
-    add(units, "repair", "how what is left is healed", choices=REPAIRS)
-    add(units, "channel_importance_samples", "calibration windows for unit scores", type=int)
-    add(units, "repair_samples", "calibration windows for the repair; default: as for the unit scores", type=int)
-    add(units, "self_samples", "windows that the dense model writes itself, added to those of the repair, if any", type=int)
-    add(units, "distill_epochs", "passes of blockwise distillation on the repair's windows, if any", type=int)
-    add(units, "calibration_seq_len", "tokens of a calibration window", type=int)
-    add(units, "calibration_dataset", "corpus to calibrate on (its train split), or a local text file", type=str)
-
 
 def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     """--lora_*: rank, scale, dropout, targets (no target flag means both)."""
-    group = parser.add_argument_group("LoRA")
-    defaults = LoraConfig()
-    group.add_argument("--lora_r", type=int, default=defaults.r, help="rank")
-    group.add_argument("--lora_alpha", type=int, default=defaults.alpha, help="scale, usually twice the rank")
-    group.add_argument("--lora_dropout", type=float, default=defaults.dropout, help="dropout on the adapters' inputs")
-    group.add_argument("--lora_target_attention", action=Switch, help="adapters on q, k, v and o")
-    group.add_argument("--lora_target_mlp", action=Switch, help="adapters on gate, up and down; no target flag means both")
+    add_settings(parser, LoraConfig, "LoRA", prefix="lora_")
+    parser.set_defaults(lora_target_attention=None, lora_target_mlp=None)
 
 
 def add_training_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
     """Training flags, spelled `--<prefix>lr` and so on: `test_finetuning.py` has no prefix, pruning has `finetune_`."""
-    group = parser.add_argument_group("training")
-    defaults = FinetuneConfig()
-    add = lambda name, kind, text: group.add_argument(  # noqa: E731
-        f"--{prefix}{name}", type=kind, default=getattr(defaults, name), help=text
-    )
-    add("lr", float, "learning rate; default: 2e-4 for LoRA, 1e-5 for full fine-tuning")
-    add("samples", int, "training windows")
-    add("epochs", int, "passes over the training windows")
-    add("seq_len", int, "tokens of a training window; use the same for evaluation")
-    add("batch_size", int, "windows per step and device")
-    add("grad_accum", int, "steps whose gradients are added up")
-    add("max_grad_norm", float, "gradient clipping; 0: none")
-    add("warmup_steps", int, "steps of linear warm-up; default: 100, but at most a tenth of all steps")
-    add("weight_decay", float, "AdamW weight decay")
-    add("dataset", str, "corpus to train on (its train split), or a local text file")
+    add_settings(parser, FinetuneConfig, "training", prefix=prefix)
 
 
 def add_gguf_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -227,19 +185,6 @@ def export_config(args: argparse.Namespace) -> ExportConfig:
     return ExportConfig(tuple(args.export), args.gguf_type)
 
 
-def check_output_file(path: str, flag: str) -> None:
-    """Raise UsageError unless a file can be written at `path`."""
-    place = existing_path(path, flag)
-    special = place.exists() and not place.is_file()  # a folder, or a device that a rename would replace
-    try:
-        with tempfile.TemporaryFile(dir=place.parent):  # permissions alone do not tell of file systems like /proc
-            writable = not special
-    except OSError:
-        writable = False
-    if not writable:
-        raise UsageError(f"{flag} {path} cannot be written: give a file in an existing, writable folder")
-
-
 def lora_config(args: argparse.Namespace) -> LoraConfig:
     """LoRA settings of the flags; without a target flag both sublayers get adapters."""
     attention, mlp = args.lora_target_attention, args.lora_target_mlp
@@ -249,7 +194,7 @@ def lora_config(args: argparse.Namespace) -> LoraConfig:
         attention = not mlp  # --no_lora_target_mlp alone means attention
     elif mlp is None:
         mlp = not attention
-    return LoraConfig(args.lora_r, args.lora_alpha, args.lora_dropout, attention, mlp)
+    return LoraConfig(**settings_of(LoraConfig, args, "lora_") | {"target_attention": attention, "target_mlp": mlp})
 
 
 def finetune_config(args: argparse.Namespace, prefix: str, method: str) -> FinetuneConfig:
@@ -257,8 +202,7 @@ def finetune_config(args: argparse.Namespace, prefix: str, method: str) -> Finet
     if method == "full" and (args.lora_target_attention or args.lora_target_mlp):
         needed = f"--{prefix}method lora" if prefix else "--use_lora"
         raise UsageError(f"--lora_target_attention and --lora_target_mlp need {needed}")
-    names = FinetuneConfig.__dataclass_fields__.keys() - {"method", "lora", "prefix"}
-    values = {name: getattr(args, prefix + name) for name in names}
+    values = settings_of(FinetuneConfig, args, prefix)
     return FinetuneConfig(method=method, lora=lora_config(args), prefix=f"--{prefix}", **values)
 
 
@@ -267,12 +211,13 @@ def eval_config(args: argparse.Namespace, seq_len: int) -> EvalConfig:
     return EvalConfig(tuple(args.eval_datasets), seq_len, args.eval_samples)
 
 
-def run_config(args: argparse.Namespace) -> RunConfig:
+def common_config(args: argparse.Namespace) -> CommonConfig:
     """Seed, precision, device and data folder of the flags."""
-    return RunConfig(args.seed, args.dtype, args.device, args.data_dir)
+    return CommonConfig(**settings_of(CommonConfig, args))
 
 
 def prune_config(args: argparse.Namespace) -> PruneConfig:
-    """Pruning settings of the flags."""
-    settings = {name: getattr(args, name) for name in PruneConfig.__dataclass_fields__ if hasattr(args, name)}
-    return PruneConfig(**settings, layer_importance_file=args.layer_importance_config)
+    """Pruning settings of the flags. Raises UsageError where scores to re-use are half asked for."""
+    if args.skip_importance_analysis != (args.layer_importance_config is not None):
+        raise UsageError("--skip_importance_analysis and --layer_importance_config FILE go together")
+    return PruneConfig(**settings_of(PruneConfig, args), layer_importance_file=args.layer_importance_config)

@@ -1,11 +1,21 @@
-"""The settings of each script as frozen dataclasses that check themselves; the flags' defaults come from here."""
+"""The settings of each script as frozen dataclasses that check themselves; `cli.py` makes the flags from their fields.
+
+A field made by `setting` is a flag of the same name: its default, its help text and the group it stands in are said here and
+nowhere else.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from LLMPruner.errors import UsageError
+
+
+def setting(default: Any, help: str, group: str | None = None) -> Any:
+    """A field that is a flag; `group` is the heading it stands under in `--help`, that of the field before where None."""
+    return field(default=default, metadata={"help": help, "group": group})
 
 
 def require_at_least(flag: str, value: float, minimum: int) -> None:
@@ -15,13 +25,15 @@ def require_at_least(flag: str, value: float, minimum: int) -> None:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class CommonConfig:
     """What every script shares: seed, precision, device, and where local corpora lie."""
 
-    seed: int = 42
-    dtype: str = "auto"
-    device: str = "auto"
-    data_dir: str | None = None
+    seed: int = setting(42, "seed of every random choice")
+    dtype: str = setting("auto", "precision of the weights; auto: bfloat16 where the hardware is fast at it, else float32")
+    device: str = setting("auto", "cpu, cuda, cuda:N, mps; auto: the GPU where there is one")
+    data_dir: str | None = setting(
+        None, "folder with local corpora (wikitext-2-raw/test.txt and the like), looked at before the hub"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # numpy, which the Trainer seeds, takes no more
@@ -32,9 +44,9 @@ class RunConfig:
 class EvalConfig:
     """How perplexity is measured: corpora, window length, and how many windows (0 = the whole split)."""
 
-    datasets: tuple[str, ...] = ("wikitext2",)
-    seq_len: int = 128
-    samples: int = 0
+    datasets: tuple[str, ...] = setting(("wikitext2",), "corpora to report PPL on")
+    seq_len: int = setting(128, "tokens of an evaluation window")
+    samples: int = setting(0, "windows spread evenly over the test split; 0: all")
 
     def __post_init__(self) -> None:
         if not self.datasets:
@@ -47,11 +59,11 @@ class EvalConfig:
 class LoraConfig:
     """LoRA (Hu et al. 2021): rank, scale, dropout, and which sublayers get adapters."""
 
-    r: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
-    target_attention: bool = True
-    target_mlp: bool = True
+    r: int = setting(8, "rank")
+    alpha: int = setting(16, "scale, usually twice the rank")
+    dropout: float = setting(0.05, "dropout on the adapters' inputs")
+    target_attention: bool = setting(True, "adapters on q, k, v and o")
+    target_mlp: bool = setting(True, "adapters on gate, up and down; no target flag means both")
 
     def __post_init__(self) -> None:
         require_at_least("--lora_r", self.r, 1)
@@ -67,16 +79,16 @@ class FinetuneConfig:
     """Recovery training. `prefix` is how the script at hand spells its flags, for error messages."""
 
     method: str = "lora"
-    lr: float | None = None  # None: 2e-4 for LoRA, 1e-5 for full fine-tuning
-    samples: int = 1000
-    epochs: int = 3
-    seq_len: int = 512
-    batch_size: int = 1
-    grad_accum: int = 4
-    max_grad_norm: float = 1.0
-    warmup_steps: int | None = None  # None: 100, but at most a tenth of all steps
-    weight_decay: float = 0.01
-    dataset: str = "wikitext2"
+    lr: float | None = setting(None, "learning rate; default: 2e-4 for LoRA, 1e-5 for full fine-tuning")
+    samples: int = setting(1000, "training windows")
+    epochs: int = setting(3, "passes over the training windows")
+    seq_len: int = setting(512, "tokens of a training window; use the same for evaluation")
+    batch_size: int = setting(1, "windows per step and device")
+    grad_accum: int = setting(4, "steps whose gradients are added up")
+    max_grad_norm: float = setting(1.0, "gradient clipping; 0: none")
+    warmup_steps: int | None = setting(None, "steps of linear warm-up; default: 100, but at most a tenth of all steps")
+    weight_decay: float = setting(0.01, "AdamW weight decay")
+    dataset: str = setting("wikitext2", "corpus to train on (its train split), or a local text file")
     lora: LoraConfig = LoraConfig()
     prefix: str = "--"
 
@@ -108,10 +120,10 @@ class FinetuneConfig:
 class EfficiencyConfig:
     """How speed is measured: the prompt of a prefill, tokens in the cache before decoding, tokens decoded, repeats."""
 
-    prompt_tokens: int = 512
+    prompt_tokens: int = setting(512, "tokens of the prompt that prefill is timed on")
+    new_tokens: int = setting(32, "tokens decoded")
+    repeats: int = setting(5, "timed repeats, interleaved over the models; the median counts")
     decode_context: int = 64
-    new_tokens: int = 32
-    repeats: int = 5
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "repeats"):
@@ -161,35 +173,41 @@ PRESETS: dict[str, dict[str, str | int]] = {
 class PruneConfig:
     """What to remove and how: the three choices (importance, allocation, repair) and their settings."""
 
-    pruning_ratio: float = 0.25  # fraction of the base's parameters to remove, in (0, 1)
-    prune_attention: bool = True
-    prune_mlp: bool = False
-    ratio_base: str = "auto"
-    round_to: int | None = None  # channels kept in multiples of this; None: chosen from the model's width
-    layer_start: int = 0
-    layer_end: int | None = None  # exclusive; None: all layers
-    layer_importance_method: str = "removal"
-    layer_importance_samples: int = 50
-    layer_importance_seq_len: int = 128
-    layer_importance_weight: float = 1.0
+    pruning_ratio: float = setting(0.25, "fraction of the parameters to remove, in (0, 1)", "budget")
+    prune_attention: bool = setting(True, "prune KV groups")
+    prune_mlp: bool = setting(False, "prune MLP channels")
+    ratio_base: str = setting(
+        "auto",
+        "base of the ratio; auto: the model when attention and MLP of all layers are pruned, else the selected sublayers",
+    )
+    round_to: int | None = setting(None, "keep channels in multiples of this; default: from the width, 256 at 8B")
+    layer_start: int = setting(0, "first layer to prune")
+    layer_end: int | None = setting(None, "layer to stop before; default: all layers")
+
+    layer_importance_method: str = setting("removal", "how layers are scored", "layers")
+    layer_importance_samples: int = setting(50, "windows for the layer scores")
+    layer_importance_seq_len: int = setting(128, "tokens of such a window")
+    pruning_strategy: str = setting("inverse", "how scores become rates")
+    layer_importance_weight: float = setting(1.0, "how strongly scores steer the rates; 0: uniform")
+    min_pruning_rate: float = setting(0.0, "least share a pruned sublayer loses")
+    max_pruning_rate: float = setting(0.8, "largest share a pruned sublayer loses")
+    freeze_top_n_layers: int = setting(0, "the N most important layers stay whole")
     layer_importance_file: str | None = None  # scores to re-use instead of analysing
-    pruning_strategy: str = "inverse"
-    min_pruning_rate: float = 0.0
-    max_pruning_rate: float = 0.8
-    freeze_top_n_layers: int = 0
-    importance: str = "taylor"
-    repair: str = "least_squares"
-    channel_importance_samples: int = 32
-    repair_samples: int | None = None  # None: as many as channel_importance_samples
-    self_samples: int = 0  # windows that the dense model writes itself, added to those of the repair
-    distill_epochs: int = 0  # passes of blockwise distillation after the repair, on its windows
-    calibration_seq_len: int = 512
-    calibration_dataset: str = "wikitext2"
-    allow_sublayer_removal: bool = False  # a sublayer may lose its last unit
-    search_generations: int = 2
-    search_tokens: int = 6144  # held-out tokens to measure KL on, half of them written by the dense model
-    search_minutes: float = 10.0
-    resume: bool = False  # continue the experiment's interrupted search
+
+    search_generations: int = setting(2, "generations after the start, each a measured shift of every sublayer", "search")
+    search_tokens: int = setting(6144, "held-out tokens that KL is measured on, half of them written by the dense model")
+    search_minutes: float = setting(10.0, "minutes until the best plan so far is taken, once every sublayer was measured")
+    resume: bool = setting(False, "continue the interrupted search of this experiment")
+    allow_sublayer_removal: bool = setting(False, "a whole attention or MLP may go")
+
+    importance: str = setting("taylor", "how KV groups and channels are scored", "units and repair")
+    repair: str = setting("least_squares", "how what is left is healed")
+    channel_importance_samples: int = setting(32, "calibration windows for unit scores")
+    repair_samples: int | None = setting(None, "calibration windows for the repair; default: as for the unit scores")
+    self_samples: int = setting(0, "windows that the dense model writes itself, added to those of the repair, if any")
+    distill_epochs: int = setting(0, "passes of blockwise distillation on the repair's windows, if any")
+    calibration_seq_len: int = setting(512, "tokens of a calibration window")
+    calibration_dataset: str = setting("wikitext2", "corpus to calibrate on (its train split), or a local text file")
 
     def __post_init__(self) -> None:
         if not 0 < self.pruning_ratio < 1:

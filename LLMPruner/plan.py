@@ -7,16 +7,19 @@ diagnosis. No torch here, so that a plan can be checked before anything heavy is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from LLMPruner.errors import UsageError
+from LLMPruner.families.family import Family, Projection, Sublayer
+from LLMPruner.families.llama import FAMILIES, family_of
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a dense Llama, read from its config; parameter counts follow from them."""
+    """The sizes of a dense model, read from its config; parameter counts follow from them and from its family's table."""
 
     vocab_size: int
     hidden_size: int
@@ -29,8 +32,11 @@ class Geometry:
     attention_bias: bool = False
     mlp_bias: bool = False
     max_positions: int = 2048
+    family: str = "llama"
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise UsageError(f"no table of the family {self.family!r}: there are {', '.join(FAMILIES)}")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         sizes = (*sizes, "max_positions")
         for name in sizes:
@@ -44,7 +50,10 @@ class Geometry:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Geometry:
-        """Read a Llama `config.json` (as a dict). Raises UsageError where a size is missing."""
+        """Read a `config.json` (as a dict; without `model_type` a Llama's). Raises UsageError where a size is missing."""
+        family = family_of(config.get("model_type", "llama"))
+        if family is None:
+            raise UsageError(f"model_type {config.get('model_type')!r} is of no family in families/: {', '.join(FAMILIES)}")
         try:
             heads = config["num_attention_heads"]
             return cls(
@@ -59,9 +68,15 @@ class Geometry:
                 attention_bias=bool(config.get("attention_bias", False)),
                 mlp_bias=bool(config.get("mlp_bias", False)),
                 max_positions=config.get("max_position_embeddings") or 2048,
+                family=family.model_type,
             )
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise UsageError(f"the model config is not a usable Llama: {error} is missing or wrong") from error
+
+    @property
+    def table(self) -> Family:
+        """What the model's layers are made of."""
+        return FAMILIES[self.family]
 
     @property
     def q_per_kv(self) -> int:
@@ -73,38 +88,54 @@ class Geometry:
         """Columns of o_proj (rows of q_proj) that belong to one KV group."""
         return self.q_per_kv * self.head_dim
 
-    @property
-    def group_params(self) -> int:
-        """Parameters of one KV group: its rows of q, k, v (with their biases) and its columns of o."""
-        rows = (self.q_per_kv + 2) * self.head_dim
-        return rows * (self.hidden_size + self.attention_bias) + self.group_width * self.hidden_size
+    channel_width = 1  # rows of gate and up, columns of down, of one channel
 
-    @property
-    def channel_params(self) -> int:
-        """Parameters of one MLP channel: its rows of gate and up (with their biases) and its column of down."""
-        return 3 * self.hidden_size + 2 * self.mlp_bias
+    def segment(self, projection: Projection) -> int:
+        """Adjacent rows (of an output projection: columns) that one unit owns."""
+        return getattr(self, projection.segment)
 
-    @property
-    def attention_params(self) -> int:
-        """Prunable parameters of one dense attention sublayer."""
-        return self.num_kv_heads * self.group_params
+    def has_bias(self, projection: Projection) -> bool:
+        """Whether the dense model's projection has a bias."""
+        return projection.bias if isinstance(projection.bias, bool) else getattr(self, projection.bias)
 
-    @property
-    def mlp_params(self) -> int:
-        """Prunable parameters of one dense MLP sublayer."""
-        return self.intermediate_size * self.channel_params
+    def units(self, sublayer: str) -> int:
+        """Units of a dense sublayer: KV groups of the attention, channels of the MLP."""
+        return getattr(self, self.table.sublayer(sublayer).units)
+
+    def unit_params(self, sublayer: str) -> int:
+        """Parameters of one unit: its rows of the inputs' weights and biases, and its columns of the output."""
+        parts = self.table.sublayer(sublayer)
+        rows = sum(self.segment(part) * (self.hidden_size + self.has_bias(part)) for part in parts.inputs)
+        return rows + self.segment(parts.output) * self.hidden_size
+
+    def sublayer_params(self, sublayer: str) -> int:
+        """Prunable parameters of one dense sublayer."""
+        return self.units(sublayer) * self.unit_params(sublayer)
+
+    def whole_params(self, sublayer: str) -> int:
+        """Parameters inside a sublayer that go only with the whole of it: what its units share, and its output's bias."""
+        parts = self.table.sublayer(sublayer)
+        return sum(getattr(self, part.width) for part in parts.whole) + self.hidden_size * self.has_bias(parts.output)
 
     @property
     def fixed_params(self) -> int:
-        """Parameters that pruning never touches: embeddings, head, norms and the biases of o_proj and down_proj."""
+        """Parameters that no unit owns: embeddings, head, norms, and what a sublayer's units share."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        per_layer = self.hidden_size * (2 + self.attention_bias + self.mlp_bias)
-        return embeddings + self.num_layers * per_layer + self.hidden_size
+        norms = self.hidden_size * sum(1 + len(sublayer.wraps) for sublayer in self.table.sublayers)
+        shared = sum(self.whole_params(sublayer.name) for sublayer in self.table.sublayers)
+        return embeddings + self.num_layers * (norms + shared) + self.hidden_size
 
     @property
     def dense_params(self) -> int:
         """Parameters of the dense model, tied embeddings counted once."""
-        return self.fixed_params + self.num_layers * (self.attention_params + self.mlp_params)
+        return self.fixed_params + self.num_layers * sum(self.sublayer_params(part.name) for part in self.table.sublayers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; the family is named only where it is not Llama, as in files of before there were others."""
+        values = asdict(self)
+        if self.family == "llama":
+            del values["family"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -113,6 +144,10 @@ class LayerPlan:
 
     kv_groups: tuple[int, ...]
     channels: tuple[int, ...]
+
+    def kept(self, sublayer: str) -> tuple[int, ...]:
+        """The kept units of the attention or the MLP."""
+        return {"attention": self.kv_groups, "mlp": self.channels}[sublayer]
 
 
 @dataclass(frozen=True)
@@ -129,9 +164,8 @@ class PruningPlan:
     def __post_init__(self) -> None:
         if len(self.layers) != self.geometry.num_layers:
             raise UsageError(f"the plan has {len(self.layers)} layers, the model has {self.geometry.num_layers}")
-        for index, layer in enumerate(self.layers):
-            _check_kept(index, "KV group", layer.kv_groups, self.geometry.num_kv_heads)
-            _check_kept(index, "channel", layer.channels, self.geometry.intermediate_size)
+        for (index, layer), sublayer in product(enumerate(self.layers), self.geometry.table.sublayers):
+            _check_kept(index, sublayer.unit, layer.kept(sublayer.name), self.geometry.units(sublayer.name))
         if not self.layers[0].kv_groups:  # the KV cache counts its tokens there, and so does llama.cpp
             raise UsageError("layer 0 keeps no KV group: its attention must stay")
 
@@ -151,6 +185,10 @@ class PruningPlan:
         """Kept MLP channels per layer."""
         return tuple(len(layer.channels) for layer in self.layers)
 
+    def counts(self, sublayer: str) -> tuple[int, ...]:
+        """Kept units of the attention or the MLP per layer."""
+        return tuple(len(layer.kept(sublayer)) for layer in self.layers)
+
     @property
     def dense_counts(self) -> tuple[int, int]:
         """KV groups and channels of a layer that keeps everything."""
@@ -164,29 +202,29 @@ class PruningPlan:
     @property
     def total_params(self) -> int:
         """Parameters of the pruned model, tied embeddings counted once."""
-        geometry = self.geometry
-        kept = sum(self.kv_counts) * geometry.group_params + sum(self.channel_counts) * geometry.channel_params
-        dropped = self.kv_counts.count(0) * geometry.attention_bias + self.channel_counts.count(0) * geometry.mlp_bias
-        added = sum(self.attention_output_bias(i) and not geometry.attention_bias for i in range(len(self.layers)))
-        added += sum(self.mlp_output_bias(i) and not geometry.mlp_bias for i in range(len(self.layers)))
-        return geometry.fixed_params + kept + (added - dropped) * geometry.hidden_size
+        geometry, total = self.geometry, self.geometry.fixed_params
+        for sublayer in geometry.table.sublayers:
+            counts = self.counts(sublayer.name)
+            total += sum(counts) * geometry.unit_params(sublayer.name)
+            total -= counts.count(0) * geometry.whole_params(sublayer.name)
+            total += self._added_biases(sublayer) * geometry.hidden_size
+        return total
 
-    def attention_output_bias(self, index: int) -> bool:
-        """Whether o_proj of layer `index` has a bias."""
-        return self._output_bias(self.kv_counts[index], self.geometry.num_kv_heads, self.geometry.attention_bias)
-
-    def mlp_output_bias(self, index: int) -> bool:
-        """Whether down_proj of layer `index` has a bias."""
-        return self._output_bias(self.channel_counts[index], self.geometry.intermediate_size, self.geometry.mlp_bias)
+    def has_output_bias(self, sublayer: str, index: int) -> bool:
+        """Whether the sublayer's output projection in layer `index` has a bias."""
+        kept, dense = self.counts(sublayer)[index], self.geometry.has_bias(self.geometry.table.sublayer(sublayer).output)
+        return kept > 0 and (dense or (self.output_bias and kept < self.geometry.units(sublayer)))
 
     @property
     def adds_bias(self) -> bool:
         """Whether some output projection has a bias that the dense model has not."""
-        attention, mlp = self.geometry.attention_bias, self.geometry.mlp_bias
-        return any(self.attention_output_bias(i) > attention or self.mlp_output_bias(i) > mlp for i in range(len(self.layers)))
+        return any(self._added_biases(sublayer) for sublayer in self.geometry.table.sublayers)
 
-    def _output_bias(self, kept: int, units: int, dense: bool) -> bool:
-        return kept > 0 and (dense or (self.output_bias and kept < units))
+    def _added_biases(self, sublayer: Sublayer) -> int:
+        """Layers whose output projection has a bias that the dense model has not."""
+        if not self.output_bias or self.geometry.has_bias(sublayer.output):
+            return 0
+        return sum(self.has_output_bias(sublayer.name, index) for index in range(len(self.layers)))
 
     @property
     def removed_params(self) -> int:
@@ -200,7 +238,7 @@ class PruningPlan:
     def to_json(self) -> str:
         """A JSON text that `from_json` reads back to an equal plan."""
         layers = [{"kv_groups": list(layer.kv_groups), "channels": list(layer.channels)} for layer in self.layers]
-        return json.dumps({"geometry": asdict(self.geometry), "layers": layers, "output_bias": self.output_bias})
+        return json.dumps({"geometry": self.geometry.as_dict(), "layers": layers, "output_bias": self.output_bias})
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
@@ -214,41 +252,50 @@ class PruningPlan:
 
 
 def expected_shapes(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Llama pruned to `plan`, a tied head left out."""
-    geometry = plan.geometry
+    """Name and shape of every tensor of a model pruned to `plan`, a tied head left out."""
+    geometry, table = plan.geometry, plan.geometry.table
     hidden = geometry.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (geometry.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+        f"{table.embedding}.weight": (geometry.vocab_size, hidden),
+        f"{table.norm}.weight": (hidden,),
     }
     if not geometry.tied_embeddings:
-        shapes["lm_head.weight"] = (geometry.vocab_size, hidden)
-    for index, (groups, width) in enumerate(zip(plan.kv_counts, plan.channel_counts, strict=True)):
-        queries, keys = groups * geometry.group_width, groups * geometry.head_dim
-        attention = {
-            "q_proj": (queries, hidden),
-            "k_proj": (keys, hidden),
-            "v_proj": (keys, hidden),
-            "o_proj": (hidden, queries),
-        }
-        mlp = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
-        biased = {"o_proj": plan.attention_output_bias(index), "down_proj": plan.mlp_output_bias(index)}
-        for kind, group, bias in (("self_attn", attention, geometry.attention_bias), ("mlp", mlp, geometry.mlp_bias)):
-            for name, shape in group.items():
-                if 0 in shape:  # the sublayer was removed
-                    continue
-                shapes[f"model.layers.{index}.{kind}.{name}.weight"] = shape
-                if biased.get(name, bias):
-                    shapes[f"model.layers.{index}.{kind}.{name}.bias"] = shape[:1]
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{index}.{name}.weight"] = (hidden,)
+        shapes[f"{table.head}.weight"] = (geometry.vocab_size, hidden)
+    for index in range(geometry.num_layers):
+        layer = f"{table.layers}.{index}"
+        for sublayer in table.sublayers:
+            if plan.counts(sublayer.name)[index]:  # else the sublayer was removed
+                shapes |= {f"{layer}.{sublayer.attribute}.{name}": size for name, size in _inner_shapes(plan, sublayer, index)}
+        for sublayer in table.sublayers:
+            shapes |= {f"{layer}.{norm}.weight": (hidden,) for norm in (sublayer.norm, *sublayer.wraps)}
     return shapes
+
+
+def _inner_shapes(plan: PruningPlan, sublayer: Sublayer, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names, within the sublayer, and shapes of the tensors that layer `index` has."""
+    geometry, units = plan.geometry, plan.counts(sublayer.name)[index]
+    for part in sublayer.inputs:
+        rows = units * geometry.segment(part)
+        yield f"{part.name}.weight", (rows, geometry.hidden_size)
+        if geometry.has_bias(part):
+            yield f"{part.name}.bias", (rows,)
+    output = sublayer.output
+    yield f"{output.name}.weight", (geometry.hidden_size, units * geometry.segment(output))
+    if plan.has_output_bias(sublayer.name, index):
+        yield f"{output.name}.bias", (geometry.hidden_size,)
+    for part in sublayer.whole:
+        yield f"{part.name}.weight", (getattr(geometry, part.width),)
 
 
 def removed_prefixes(plan: PruningPlan) -> tuple[str, ...]:
     """How the names of the tensors begin that a model pruned to `plan` has not, because their sublayer was removed."""
-    kinds = (("self_attn", plan.kv_counts), ("mlp", plan.channel_counts))
-    return tuple(f"model.layers.{i}.{kind}." for kind, counts in kinds for i, count in enumerate(counts) if not count)
+    table = plan.geometry.table
+    return tuple(
+        f"{table.layers}.{index}.{sublayer.attribute}."
+        for sublayer in table.sublayers
+        for index, count in enumerate(plan.counts(sublayer.name))
+        if not count
+    )
 
 
 def _check_kept(layer: int, unit: str, kept: Iterable[int], size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shlex
@@ -14,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from LLMPruner.checkpoint import write_json, write_text
-from LLMPruner.config import EXPORT_FORMATS, PROVENANCE_FILE, ExportConfig
 from LLMPruner.errors import UsageError
+from LLMPruner.files import restore_folder, write_json, write_text
+from LLMPruner.memory import peak_memory, reset_peak_memory
 
 LOG_ROOT = Path("prune_log")
 logger = logging.getLogger("LLMPruner")
@@ -37,40 +36,30 @@ def check_experiment(name: str, flag: str) -> Path:
     return folder
 
 
-def check_export_places(export: ExportConfig, folder: Path, source: Path) -> None:
-    """Raise UsageError where an export into `folder` would replace the model that is read, or what no export wrote."""
-    for form in export.formats:
-        place = folder / EXPORT_FORMATS[form]
-        if place.is_symlink():
-            raise UsageError(f"{place} is a link: an export would replace it, choose another folder or remove it")
-        if not place.exists():
-            continue
-        if place.samefile(source):
-            raise UsageError(f"the export {place} would replace the model that is read: choose another folder or name")
-        if not _is_export(place, form):
-            raise UsageError(f"{place} is something else than an export, which would replace it: choose another folder")
+def versions() -> dict[str, str]:
+    """The libraries that a result depends on."""
+    import platform
 
+    import torch
+    import transformers
 
-def _is_export(place: Path, form: str) -> bool:
-    if form != "gguf":
-        return place.is_dir() and (not any(place.iterdir()) or (place / PROVENANCE_FILE).is_file())
-    if not place.is_file():
-        return False
-    with open(place, "rb") as handle:
-        return handle.read(4) == b"GGUF"
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 class Run:
     """The folder, log file and records of one command. Use as a context manager: it opens and closes the log."""
 
-    def __init__(self, folder: Path, script: str, argv: Sequence[str], *, seed: int, dry_run: bool = False) -> None:
-        self.dir = folder
+    def __init__(
+        self, folder: Path, script: str, argv: Sequence[str], *, seed: int, device: str = "auto", dry_run: bool = False
+    ) -> None:
+        self.dir, self.device = folder, device
         self._arguments = [os.path.relpath(script), *argv]
         self.command = shlex.join(["python", *self._arguments])
         self.seed = seed
         self.dry_run = dry_run  # write nothing but the log
         self.stages: list[dict[str, Any]] = []
         self.metrics: dict[str, Any] = {"command": self.command, "seed": seed, "stages": self.stages}
+        restore_folder(folder)
         self.timestamp_dir = self._new_timestamp_dir()
         self._handlers: list[logging.Handler] = []
 
@@ -126,12 +115,12 @@ class Run:
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a stage and record its seconds and peak memory; the body may add figures to the yielded dict."""
         record: dict[str, Any] = {"stage": name}
-        reset_peak_memory()
+        reset_peak_memory(self.device)
         start = time.perf_counter()
         logger.info("stage %s: start", name)
         yield record
         record["seconds"] = round(time.perf_counter() - start, 2)
-        record["peak_memory_gb"] = round(peak_memory() / 1e9, 3)
+        record["peak_memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
         self.stages.append(record)
         logger.info("stage %s: %.1f s, peak memory %.2f GB", name, record["seconds"], record["peak_memory_gb"])
 
@@ -158,54 +147,3 @@ def stop_logging(handlers: Sequence[logging.Handler]) -> None:
     for handler in handlers:
         logger.removeHandler(handler)
         handler.close()
-
-
-def existing_path(path: str, flag: str) -> Path:
-    """`path` with the home folder filled in. Raises UsageError where the system refuses to look at it; it may not exist."""
-    try:
-        place = Path(path).expanduser()
-        with contextlib.suppress(FileNotFoundError):
-            place.stat()
-    except (OSError, RuntimeError, ValueError) as error:  # name too long, no permission, no such user, a null byte
-        raise UsageError(f"{flag} {path[:80]} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return place
-
-
-def read_json_file(path: Path, what: str) -> Any:
-    """Parse a JSON file. Raises UsageError when it is missing or is not JSON."""
-    if not existing_path(str(path), what).is_file():
-        raise UsageError(f"{what} {path} does not exist")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{what} {path} is not JSON: {error}") from error
-
-
-def reset_peak_memory() -> None:
-    """Start a new high-water mark of memory."""
-    # Linux resets the process's high-water mark on request; elsewhere the peak is the process's so far.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory() -> int:
-    """Bytes: the device's peak where there is a GPU, else the process's."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return process_peak_memory()
-
-
-def process_peak_memory() -> int:
-    """Bytes of main memory that the process held at most since the last reset."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource  # POSIX only, and only where /proc did not answer
-
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

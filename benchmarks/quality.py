@@ -23,27 +23,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script of the repository, not of an installed package
 
 import torch
+from LLMPruner.checkpoint import write_json, write_text
+from LLMPruner.forward import LayerRunner
+from LLMPruner.importance.database import Database
+from LLMPruner.importance.search_state import SearchState
+from LLMPruner.job import JobWindows, PruneJob, cut_windows
+from LLMPruner.pipeline import search_text
+from LLMPruner.self_text import mixed, write_windows
+from LLMPruner.source import ModelSource, check_seq_len, find_model
 
 from LLMPruner import cli
-from LLMPruner.checkpoint import write_json, write_text
 from LLMPruner.config import PRESETS, EvalConfig, PruneConfig, RunConfig, require_at_least
 from LLMPruner.data import check_corpus
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.evaluator.ppl import load_eval_windows
-from LLMPruner.forward import LayerRunner
 from LLMPruner.importance.allocation import Budget, adds_bias, allocate, build_plan, level_limits, make_budget
 from LLMPruner.importance.criteria import score_units
-from LLMPruner.importance.database import Database
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
 from LLMPruner.importance.search import Fitness, fill_database, improve, measure_costs
-from LLMPruner.importance.search_state import SearchState
-from LLMPruner.job import JobWindows, PruneJob, cut_windows
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import count_parameters, load_model, resolve_device, resolve_dtype, versions
-from LLMPruner.pipeline import search_text
 from LLMPruner.run import logger, peak_memory, read_json_file, reset_peak_memory, start_logging, stop_logging
-from LLMPruner.self_text import mixed, write_windows
-from LLMPruner.source import ModelSource, check_seq_len, find_model
 
 CORPORA = ("wikitext2", "ptb", "news")
 PLOT_TOP = 1000  # perplexity

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from LLMPruner.forward import LayerRunner
+from LLMPruner.source import find_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import LoadedModel, load_model
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
-from LLMPruner.source import find_model
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from LLMPruner import checkpoint
 from LLMPruner.checkpoint import (
     META_KEYS,
     load_checkpoint,
@@ -21,6 +19,8 @@ from LLMPruner.checkpoint import (
     write_json,
     write_text,
 )
+
+from LLMPruner import checkpoint
 from LLMPruner.errors import RunError, UsageError
 
 META = {key: f'{{"{key}": "ü"}}' for key in META_KEYS[1:]}

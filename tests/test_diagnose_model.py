@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_text
+from LLMPruner.forward import LayerRunner
+from LLMPruner.source import find_model
 from safetensors.torch import load_file, save_file
 
 import diagnose_model as script
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import LoadedModel, load_model, save_model
 from LLMPruner.plan import LayerPlan, PruningPlan
-from LLMPruner.source import find_model
 
 ROOT = Path(__file__).parent.parent
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

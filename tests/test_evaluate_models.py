@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_text, tiny_model
+from LLMPruner.forward import LayerRunner
+from LLMPruner.source import find_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import evaluate_models as script
 from LLMPruner.evaluator import ppl
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import LoadedModel, load_model, save_model
 from LLMPruner.plan import LayerPlan, PruningPlan
-from LLMPruner.source import find_model
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import half_pruned, random_windows
+from LLMPruner.source import find_model
 
 import test_finetuning as script
 from LLMPruner.cli import finetune_config
 from LLMPruner.model import load_model, save_model
-from LLMPruner.source import find_model
 
 ROOT = Path(__file__).parent.parent
 INPUT = "prune_log/pruned/pytorch_model.bin"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import VOCAB, each_architecture, geometry_of, random_plan, random_windows, tiny_model
+from LLMPruner.forward import LayerRunner
 from torch.nn import functional
 
 from LLMPruner import forward
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 
 WINDOWS = random_windows(5, 12)

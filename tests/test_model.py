@@ -8,11 +8,12 @@ import shutil
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
+from LLMPruner.checkpoint import load_checkpoint
+from LLMPruner.forward import LayerRunner
+from LLMPruner.source import check_seq_len, find_model
 from safetensors.torch import load_file, save_file
 
-from LLMPruner.checkpoint import load_checkpoint
 from LLMPruner.errors import RunError, UsageError
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import (
     LoadedModel,
@@ -25,7 +26,6 @@ from LLMPruner.model import (
     save_model,
 )
 from LLMPruner.plan import PruningPlan
-from LLMPruner.source import check_seq_len, find_model
 
 FLAG = "--base_model"
 WINDOWS = random_windows()

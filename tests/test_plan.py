@@ -10,9 +10,9 @@ import pytest
 from conftest import each_architecture, geometry_of, random_plan, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from LLMPruner.forward import LayerRunner
 
 from LLMPruner.errors import UsageError
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import build_empty, count_parameters
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan

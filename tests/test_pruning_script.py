@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_windows
+from LLMPruner.source import find_model
 
 import llama3_unbalanced_pruning_gqa_aware as script
 from LLMPruner.config import PRESETS, PruneConfig, RunConfig
@@ -21,7 +22,6 @@ from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model import load_model
 from LLMPruner.plan import PruningPlan
-from LLMPruner.source import find_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -212,8 +212,9 @@ def test_no_more_is_written_for_a_search_than_its_corpus_has(trained_dir):
 
 def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, capsys):
     """Ctrl-C in the middle of a generation leaves the state; --resume ends where a whole run ends, measuring the rest."""
-    from LLMPruner.importance import search
     from LLMPruner.importance.search_state import MEASURES
+
+    from LLMPruner.importance import search
 
     calls, alone = [], search.Fitness.alone
     monkeypatch.setattr(search.Fitness, "alone", lambda *args: calls.append(args) or alone(*args))

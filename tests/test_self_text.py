@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import VOCAB, random_windows
+from LLMPruner.self_text import interleaved, mixed, write_windows
+from LLMPruner.source import find_model
 from transformers import AddedToken, GenerationConfig
 
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.model import load_model
-from LLMPruner.self_text import interleaved, mixed, write_windows
-from LLMPruner.source import find_model
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from LLMPruner.memory import peak_memory, reset_peak_memory
 from LLMPruner.plan import PruningPlan
-from LLMPruner.run import process_peak_memory, reset_peak_memory
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from LLMPruner.config import EfficiencyConfig
-    from LLMPruner.model import LoadedModel
+    from LLMPruner.model.load import LoadedModel
 
 logger = logging.getLogger("LLMPruner")
 
@@ -56,7 +56,7 @@ def flops_per_token(plan: PruningPlan, context: int) -> int:
     look-up, norms and rotation are left out.
     """
     geometry = plan.geometry
-    weights = sum(plan.kv_counts) * geometry.group_params + sum(plan.channel_counts) * geometry.channel_params
+    weights = sum(sum(plan.counts(part.name)) * geometry.unit_params(part.name) for part in geometry.table.sublayers)
     head = geometry.vocab_size * geometry.hidden_size
     attention = 2 * context * sum(plan.kv_counts) * geometry.group_width
     return 2 * (weights + head + attention)
@@ -87,11 +87,13 @@ def measure_efficiency(
     for repeat in tqdm(range(config.repeats + 1), desc="efficiency", disable=None, leave=False):
         for task, run in tasks.items():
             for role, loaded in models.items():
-                before = _memory(loaded.model.device, reset=True)
+                device = str(loaded.model.device)
+                reset_peak_memory(device)
+                before = peak_memory(device)  # what is held
                 taken = run(loaded.model)
                 if repeat:  # the first round warms up
                     seconds[role][task].append(taken)
-                    rise[role] = max(rise[role], _memory(loaded.model.device) - before)
+                    rise[role] = max(rise[role], peak_memory(device) - before)
     results = {}
     for role, loaded in models.items():
         median = {task: statistics.median(values) for task, values in seconds[role].items()}
@@ -158,17 +160,6 @@ def weight_bytes(model: torch.nn.Module) -> int:
 def file_bytes(path: Path) -> int:
     """Bytes of a model's weights on disk: the file, or the safetensors of a directory."""
     return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
-def _memory(device: torch.device, *, reset: bool = False) -> int:
-    """The peak of memory so far, of the model's own CUDA device or of the process; `reset` starts it anew from what is held."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    if reset:
-        reset_peak_memory()
-    return process_peak_memory()
 
 
 def efficiency_table(results: Mapping[str, Efficiency], device: str, dtype: str, config: EfficiencyConfig) -> str:

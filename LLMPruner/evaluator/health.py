@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from LLMPruner.checkpoint import load_checkpoint
 from LLMPruner.errors import RunError
-from LLMPruner.forward import LayerRunner
-from LLMPruner.model import load_model, open_tensors, resolve_device
+from LLMPruner.families.family import Projection, Sublayer
+from LLMPruner.model.checkpoint import load_checkpoint
+from LLMPruner.model.device import resolve_device
+from LLMPruner.model.load import load_model, open_tensors
+from LLMPruner.model.source import ModelSource
 from LLMPruner.plan import Geometry, PruningPlan, expected_shapes
-from LLMPruner.source import ModelSource
 
 if TYPE_CHECKING:
-    from LLMPruner.model import LoadedModel
+    from LLMPruner.model.load import LoadedModel
 
 HUGE = 1e4  # weights of trained Llamas stay below 1e2; beyond this float16 activations overflow
 TEXT = (
@@ -156,11 +157,20 @@ def shape_findings(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan, *, 
 
 def layer_shapes(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> tuple[LayerShape, ...]:
     """Heads and channels of every layer as the tensors say, 0 where one is missing."""
-    rows = lambda index, name: (shapes.get(f"model.layers.{index}.{name}.weight") or (0,))[0]  # noqa: E731
-    width = plan.geometry.head_dim
+    geometry, table = plan.geometry, plan.geometry.table
+    query, key = table.attention.inputs[:2]
+
+    def rows(index: int, sublayer: Sublayer, projection: Projection) -> int:
+        name = f"{table.layers}.{index}.{sublayer.attribute}.{projection.name}.weight"
+        return (shapes.get(name) or (0,))[0]
+
     return tuple(
-        LayerShape(rows(i, "self_attn.q_proj") / width, rows(i, "self_attn.k_proj") / width, rows(i, "mlp.gate_proj"))
-        for i in range(plan.geometry.num_layers)
+        LayerShape(
+            rows(index, table.attention, query) / geometry.head_dim,
+            rows(index, table.attention, key) / geometry.head_dim,
+            rows(index, table.mlp, table.mlp.inputs[0]),
+        )
+        for index in range(geometry.num_layers)
     )
 
 
@@ -182,8 +192,8 @@ def diagnose_forward(loaded: LoadedModel) -> list[Finding]:
     """Run the model on a short text: finite, better than guessing, and the same with the KV cache as without."""
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = torch.tensor([tokenizer(TEXT).input_ids[: loaded.plan.geometry.max_positions - NEW_TOKENS]])
-    runner = LayerRunner(model)
-    loss = runner.losses(runner.layers(runner.embed(ids)), ids).item() / (ids.shape[1] - 1)
+    runner = loaded.runner
+    loss = runner.head.losses(runner.layers(runner.embed(ids)), ids).item() / (ids.shape[1] - 1)
     if not math.isfinite(loss):
         return [Finding("error", "forward", f"the loss on a short text is {loss}")]
     chance = math.log(loaded.plan.geometry.vocab_size)
@@ -214,12 +224,13 @@ def report_text(diagnosis: Diagnosis) -> str:
 
 
 def _layer_lines(diagnosis: Diagnosis, geometry: Geometry) -> list[str]:
-    kept = diagnosis.parameters / geometry.dense_params
-    lines = [f"parameters: {diagnosis.parameters:,} ({kept:.1%} of {geometry.dense_params:,})", ""]
+    share = diagnosis.parameters / geometry.dense_params
+    lines = [f"parameters: {diagnosis.parameters:,} ({share:.1%} of {geometry.dense_params:,})", ""]
     lines.append(f"{'layer':>5}  {'KV groups':>9}  {'query heads':>11}  {'Q:KV':>6}  {'channels':>14}  {'kept':>6}")
     for index, layer in enumerate(diagnosis.layers):
-        params = layer.kv_heads * geometry.group_params + layer.channels * geometry.channel_params
-        share = params / (geometry.attention_params + geometry.mlp_params)
+        kept = {"attention": layer.kv_heads, "mlp": layer.channels}
+        params = sum(count * geometry.unit_params(sublayer) for sublayer, count in kept.items())
+        share = params / sum(geometry.sublayer_params(sublayer) for sublayer in kept)
         ratio = f"{layer.query_heads / layer.kv_heads:.3g}:1" if layer.kv_heads else "-"
         groups, channels = f"{layer.kv_heads:g} of {geometry.num_kv_heads}", f"{layer.channels} of {geometry.intermediate_size}"
         lines.append(f"{index:>5}  {groups:>9}  {layer.query_heads:>11g}  {ratio:>6}  {channels:>14}  {share:>6.1%}")

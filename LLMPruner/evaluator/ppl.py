@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from LLMPruner.config import EvalConfig
-from LLMPruner.data import describe, load_windows
-from LLMPruner.forward import LayerRunner
+from LLMPruner.data.corpora import describe
+from LLMPruner.model.forward import LayerRunner
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -40,21 +39,13 @@ class Perplexity:
 
 def perplexity(model: LlamaForCausalLM, windows: torch.Tensor) -> float:
     """Token-weighted PPL of `windows` `(n, seq_len)`; each predicts its last `seq_len - 1` tokens. NaN if the loss is."""
-    runner = LayerRunner(model)
+    runner = LayerRunner.of(model)
     step = max(1, CACHED_TOKENS // windows.shape[1])
     total = 0.0
     for part in tqdm(windows.split(step), desc="PPL", disable=None, leave=False):
-        total += runner.losses(runner.layers(runner.embed(part)), part).sum().item()
+        total += runner.head.losses(runner.layers(runner.embed(part)), part).sum().item()
     mean = total / (windows.shape[0] * (windows.shape[1] - 1))
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
-
-
-def load_eval_windows(tokenizer: Any, config: EvalConfig, data_dir: str | None, split: str = "test") -> dict[str, torch.Tensor]:
-    """Windows of every corpus of `config`, by name; loaded once so that all models see the same ones."""
-    return {
-        name: load_windows(tokenizer, name, split, seq_len=config.seq_len, samples=config.samples, data_dir=data_dir)
-        for name in config.datasets
-    }
 
 
 def measure(model: LlamaForCausalLM, windows: dict[str, torch.Tensor], label: str, split: str = "test") -> list[Perplexity]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from LLMPruner import cli
-from LLMPruner.checkpoint import require_free_space
 from LLMPruner.config import EXPORT_FORMATS, ExportConfig
-from LLMPruner.errors import UsageError
-from LLMPruner.model import DTYPES, export_bytes, load_model, load_tokenizer, stored_dtype
-from LLMPruner.run import check_export_places, existing_path, read_json_file, start_logging, stop_logging
-from LLMPruner.source import ModelSource, find_model
+from LLMPruner.files import check_output_folder, read_json_file, require_free_space
+from LLMPruner.model.device import DTYPES
+from LLMPruner.model.load import load_model, load_tokenizer
+from LLMPruner.model.size import export_bytes, stored_dtype
+from LLMPruner.model.source import ModelSource, find_model
+from LLMPruner.run import start_logging, stop_logging
+from LLMPruner.stages.job import check_export_places
 
 
 def recipe(argv: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ def recipe(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights; auto: as they are stored")
     args = parser.parse_args(argv)
     export = ExportConfig(tuple(args.format), args.gguf_type)
-    folder = output_folder(args.output)
+    folder = check_output_folder(args.output, "--output")
     source = find_model(args.checkpoint, "CHECKPOINT")
     check_export_places(export, folder, source.path)
     dtype = stored_dtype(source) if args.dtype == "auto" else args.dtype
@@ -43,15 +43,6 @@ def recipe(argv: Sequence[str]) -> None:
         write_exports(load_model(source, dtype=dtype, device="cpu", tokenizer=tokenizer), export, folder, measured)
     finally:
         stop_logging(handlers)
-
-
-def output_folder(path: str) -> Path:
-    """The folder to write into, not yet created. Raises UsageError where none can be made."""
-    folder = existing_path(path, "--output")
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not path or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {path!r} is not a folder, or none can be made there: choose another one")
-    return folder
 
 
 def measured_before(source: ModelSource) -> dict[str, Any]:

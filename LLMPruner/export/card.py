@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from LLMPruner.plan import PruningPlan
 
 if TYPE_CHECKING:
-    from LLMPruner.model import LoadedModel
+    from LLMPruner.model.load import LoadedModel
 
 
 def model_card(loaded: LoadedModel, layout: PruningPlan, measured: dict[str, Any], *, own_code: bool) -> str:

@@ -16,13 +16,13 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, SpecialVocab, TokenType
 from gguf.quants import quantize
 
-from LLMPruner.checkpoint import write_atomically
 from LLMPruner.errors import UsageError
 from LLMPruner.export.layout import filled, is_uniform, laid_out, rope_settings
+from LLMPruner.files import write_atomically
 from LLMPruner.plan import PruningPlan
 
 if TYPE_CHECKING:
-    from LLMPruner.model import LoadedModel
+    from LLMPruner.model.load import LoadedModel
 
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -125,13 +125,15 @@ def _tensors(loaded: LoadedModel, layout: PruningPlan) -> Iterator[tuple[str, to
     factors = _rope_factors(loaded.model)
     if factors is not None:
         yield "rope_freqs.weight", factors
+    table = layout.geometry.table
+    rotated = tuple(f".{part.name}" for part in table.attention.inputs if part.rotary)
     for name, tensor in laid_out(loaded, layout):
         stem, kind = name.rsplit(".", 1)
         place, prefix = stem, ""
-        if stem.startswith("model.layers."):
-            index, place = stem.removeprefix("model.layers.").split(".", 1)
+        if stem.startswith(f"{table.layers}."):
+            index, place = stem.removeprefix(f"{table.layers}.").split(".", 1)
             prefix = f"blk.{index}."
-        if place in ("self_attn.q_proj", "self_attn.k_proj"):
+        if place.endswith(rotated):
             tensor = _interleaved(tensor, layout.geometry.head_dim)
         yield f"{prefix}{NAMES[place]}.{kind}", tensor
 

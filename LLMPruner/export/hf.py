@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
-from LLMPruner.checkpoint import write_folder_atomically, write_json, write_text
 from LLMPruner.config import PLAN_FILE, PROVENANCE_FILE
 from LLMPruner.export.card import model_card
 from LLMPruner.export.layout import counted, filled, is_uniform, laid_out, rope_settings, stock
+from LLMPruner.files import write_folder_atomically, write_json, write_text
 from LLMPruner.plan import PruningPlan, expected_shapes
 
 if TYPE_CHECKING:
-    import torch
-
-    from LLMPruner.model import LoadedModel
+    from LLMPruner.model.load import LoadedModel
 
 SHARD_BYTES = 5 << 30
 SHIPPED = ("configuration_pruned_llama.py", "modeling_pruned_llama.py")
@@ -85,8 +84,8 @@ def per_layer_config(layout: PruningPlan) -> dict[str, dict[str, Any]]:
             "num_attention_heads": groups * geometry.q_per_kv,
             "num_key_value_heads": groups,
             "intermediate_size": channels,
-            "attention_output_bias": layout.attention_output_bias(index) and not geometry.attention_bias,
-            "mlp_output_bias": layout.mlp_output_bias(index) and not geometry.mlp_bias,
+            "attention_output_bias": layout.has_output_bias("attention", index) and not geometry.attention_bias,
+            "mlp_output_bias": layout.has_output_bias("mlp", index) and not geometry.mlp_bias,
         }
         different = {name: value for name, value in own.items() if value != dense[name]}
         if different:
@@ -133,7 +132,7 @@ def _write_directory(
     folder: Path, loaded: LoadedModel, layout: PruningPlan, config: dict[str, Any], measured: dict[str, Any]
 ) -> None:
     """Weights, config, generation config, tokenizer with its chat template, card, plan and provenance."""
-    _write_shards(folder, laid_out(loaded, layout), layout, loaded.model.dtype.itemsize)
+    _write_shards(folder, loaded, layout)
     write_json(folder / "config.json", config)
     # as it is: save_pretrained would refuse sampling settings that well-known models carry beside greedy decoding
     write_text(folder / "generation_config.json", loaded.model.generation_config.to_json_string())
@@ -153,31 +152,20 @@ def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
         write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], layout: PruningPlan, itemsize: int, limit: int = SHARD_BYTES
-) -> None:
+def _write_shards(folder: Path, loaded: LoadedModel, layout: PruningPlan, limit: int = SHARD_BYTES) -> None:
     """Safetensors shards of up to `limit` bytes and their index; one shard is in memory at a time beside the model."""
-    shards: list[list[str]] = [[]]
-    total = filling = 0
-    for name, shape in expected_shapes(layout).items():
-        size = itemsize
-        for length in shape:
-            size *= length
-        if shards[-1] and filling + size > limit:
-            shards.append([])
-            filling = 0
-        shards[-1].append(name)
-        filling += size
-        total += size
-    names = [f"model-{place:05d}-of-{len(shards):05d}.safetensors" for place in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    source = iter(tensors)
-    for name, wanted in zip(names, shards, strict=True):
-        part = {found: tensor.contiguous() for found, tensor in (next(source) for _ in wanted)}
+    itemsize = loaded.model.dtype.itemsize
+    shapes = {name: torch.Size(shape) for name, shape in expected_shapes(layout).items()}
+    split = split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda shape: shape.numel() * itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    for name, wanted in split.filename_to_tensors.items():
+        part = {found: tensor.contiguous() for found, tensor in laid_out(loaded, layout, wanted)}
         save_file(part, folder / name, metadata={"format": "pt"})
         (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors' own mode would keep a server's user out
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, wanted in zip(names, shards, strict=True) for tensor in wanted}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")

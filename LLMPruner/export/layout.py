@@ -7,7 +7,7 @@ adds zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from LLMPruner.errors import UsageError
 from LLMPruner.plan import LayerPlan, PruningPlan, expected_shapes
 
 if TYPE_CHECKING:
-    from LLMPruner.model import LoadedModel
+    from LLMPruner.model.load import LoadedModel
 
 ZERO_CHANNELS = 32  # of the MLP that stands for a removed one: a block of Q8_0; llama.cpp misreads a width of 0
 
@@ -37,8 +37,8 @@ def stock(plan: PruningPlan) -> PruningPlan:
     """
     geometry, wide = plan.geometry, filled(plan)
     layers = range(geometry.num_layers)
-    attention_bias = geometry.attention_bias or any(map(plan.attention_output_bias, layers))
-    mlp_bias = geometry.mlp_bias or any(map(plan.mlp_output_bias, layers))
+    attention_bias = geometry.attention_bias or any(plan.has_output_bias("attention", index) for index in layers)
+    mlp_bias = geometry.mlp_bias or any(plan.has_output_bias("mlp", index) for index in layers)
     groups = max(wide.kv_counts)
     while (attention_bias or mlp_bias) and geometry.hidden_size % (groups * geometry.q_per_kv):
         groups += 1
@@ -70,11 +70,13 @@ def counted(plan: PruningPlan, layout: PruningPlan) -> int:
     return replace(layout, layers=layers).total_params
 
 
-def laid_out(loaded: LoadedModel, layout: PruningPlan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the model by name in the shape of `layout`, padded with zeros, one at a time; a tied head is left out."""
-    state = loaded.model.state_dict()
-    for name, shape in expected_shapes(layout).items():
-        yield name, _padded(state.get(name), shape, loaded.model.dtype)
+def laid_out(
+    loaded: LoadedModel, layout: PruningPlan, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named tensors (None: all) in the shape of `layout`, padded with zeros, one at a time; a tied head is left out."""
+    state, shapes = dict(loaded.store.tensors()), expected_shapes(layout)
+    for name in shapes if names is None else names:
+        yield name, _padded(state.get(name), shapes[name], loaded.model.dtype)
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from LLMPruner.export.hf import write_hf, write_padded
 from LLMPruner.export.layout import filled, stock
 
 if TYPE_CHECKING:
-    from LLMPruner.model import LoadedModel
-    from LLMPruner.source import ModelSource
+    from LLMPruner.model.load import LoadedModel
+    from LLMPruner.model.source import ModelSource
 
 logger = logging.getLogger("LLMPruner")
 

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from LLMPruner.errors import RunError
+from LLMPruner.families.family import Sublayer
 from LLMPruner.methods.gqa_aware import group_scores
 from LLMPruner.methods.obs import removal_costs
-from LLMPruner.methods.sublayers import KINDS, Kind
 from LLMPruner.plan import Geometry
 
 if TYPE_CHECKING:  # the command line reads CRITERIA and must not wait for torch
     import torch
     from torch import nn
 
-    from LLMPruner.forward import LayerRunner
     from LLMPruner.methods.moments import Moments
+    from LLMPruner.model.forward import LayerRunner
 
 
 @dataclass(frozen=True)
@@ -140,32 +140,32 @@ def score_units(
     """Score every layer's units by the named criterion; `windows` `(n, seq_len)` feed those that need statistics."""
     criterion = CRITERIA[importance]
     return [
-        score_layer(criterion, runner.decoder_layer(index), geometry, statistics, seed + 2 * index)
+        score_layer(criterion, runner, index, statistics, seed + 2 * index)
         for index, statistics in enumerate(gather_statistics(runner, geometry, windows, {criterion.needs}))
     ]
 
 
-def score_layer(
-    criterion: Criterion, layer: nn.Module, geometry: Geometry, statistics: LayerStatistics, seed: int
-) -> UnitScores:
-    """The scores of one dense layer's units."""
+def score_layer(criterion: Criterion, runner: LayerRunner, index: int, statistics: LayerStatistics, seed: int) -> UnitScores:
+    """The scores of the units of dense layer `index`."""
     scores = []
-    for place, (kind, gathered) in enumerate(zip(KINDS.values(), statistics, strict=True)):
-        score = criterion.score(sublayer_view(kind, layer, geometry, gathered, seed + place)).float().cpu()
-        if not score.isfinite().all():
-            raise RunError(f"the {kind.name} scores are not finite: run diagnose_model.py on the model, or try --dtype float32")
-        scores.append(score)
+    with runner.store.layer(index) as layer:
+        geometry = runner.store.geometry
+        for place, (sublayer, gathered) in enumerate(zip(geometry.table.sublayers, statistics, strict=True)):
+            score = criterion.score(sublayer_view(sublayer, layer, geometry, gathered, seed + place)).float().cpu()
+            if not score.isfinite().all():
+                name = sublayer.name
+                raise RunError(f"the {name} scores are not finite: run diagnose_model.py on the model, or try --dtype float32")
+            scores.append(score)
     return UnitScores(*scores)
 
 
 def sublayer_view(
-    kind: Kind, layer: nn.Module, geometry: Geometry, statistics: SublayerStatistics, seed: int = 0
+    sublayer: Sublayer, layer: nn.Module, geometry: Geometry, statistics: SublayerStatistics, seed: int = 0
 ) -> SublayerView:
     """One sublayer of a dense decoder layer, as the criteria see it."""
-    module = kind.module(layer)
-    rows = tuple(getattr(module, name).weight.detach() for name in kind.inputs)
-    output = kind.projection(layer).weight.detach()
-    return SublayerView(kind.units(geometry), output, rows, statistics, seed)
+    module = getattr(layer, sublayer.attribute)
+    *rows, output = (getattr(module, part.name).weight.detach() for part in sublayer.projections)
+    return SublayerView(geometry.units(sublayer.name), output, tuple(rows), statistics, seed)
 
 
 def gather_statistics(
@@ -192,8 +192,9 @@ def _moments(runner: LayerRunner, windows: torch.Tensor, *, gram: bool) -> Itera
 
     hidden = runner.embed(windows)
     for index in range(runner.num_layers):
-        attention, mlp = Moments(gram=gram), Moments(gram=gram)
-        hidden = runner.mlp(index, runner.attention(index, hidden, attention.add), mlp.add)
+        attention, mlp = gathered = Moments(gram=gram), Moments(gram=gram)
+        for sublayer, moments in zip(runner.table.sublayers, gathered, strict=True):
+            hidden = runner.sublayer(index, sublayer, hidden, moments.add)
         yield attention, mlp
 
 
@@ -201,14 +202,14 @@ def gate_statistics(runner: LayerRunner, geometry: Geometry, windows: torch.Tens
     """Every layer's mean squared gate gradients, float32 `(kv_heads,)` and `(intermediate,)`, in one pass over `windows`."""
     import torch
 
-    groups = [torch.zeros(geometry.num_kv_heads) for _ in range(runner.num_layers)]
-    channels = [torch.zeros(geometry.intermediate_size) for _ in range(runner.num_layers)]
+    units = [geometry.units(sublayer.name) for sublayer in geometry.table.sublayers]
+    sums = [tuple(torch.zeros(count) for count in units) for _ in range(runner.num_layers)]
 
-    def visit(index: int, attention: torch.Tensor, mlp: torch.Tensor) -> None:
-        per_group = attention.unflatten(-1, (geometry.num_kv_heads, -1)).sum(-1)  # (batch, seq_len, kv_heads)
-        groups[index] += per_group.square().sum((0, 1)).cpu()
-        channels[index] += mlp.square().sum((0, 1)).cpu()
+    def visit(index: int, gates: tuple[torch.Tensor, ...]) -> None:
+        for total, count, gate in zip(sums[index], units, gates, strict=True):
+            per_unit = gate.unflatten(-1, (count, -1)).sum(-1)  # (batch, seq_len, units)
+            total += per_unit.square().sum((0, 1)).cpu()
 
     runner.gate_gradients(windows, visit)
     tokens = windows.numel()
-    return [(group / tokens, channel / tokens) for group, channel in zip(groups, channels, strict=True)]
+    return [(groups / tokens, channels / tokens) for groups, channels in sums]

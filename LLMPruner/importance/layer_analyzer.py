@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.checkpoint import write_json
 from LLMPruner.errors import RunError, UsageError
-from LLMPruner.run import read_json_file
+from LLMPruner.files import read_json_file, write_json
 
 if TYPE_CHECKING:
     import torch
 
-    from LLMPruner.forward import LayerRunner
+    from LLMPruner.model.forward import LayerRunner
 
 logger = logging.getLogger("LLMPruner")
 
@@ -64,9 +63,9 @@ def removal(runner: LayerRunner, windows: torch.Tensor) -> list[float]:
     hidden = runner.embed(windows)
     without = []
     for index in _progress(runner):
-        without.append(runner.losses(runner.layers(hidden, index + 1), windows).sum().item() / tokens)
+        without.append(runner.head.losses(runner.layers(hidden, index + 1), windows).sum().item() / tokens)
         hidden = runner.layer(index, hidden)
-    base = runner.losses(hidden, windows).sum().item() / tokens
+    base = runner.head.losses(hidden, windows).sum().item() / tokens
     return [loss - base for loss in without]
 
 

@@ -8,52 +8,21 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from LLMPruner.checkpoint import write_folder_atomically
 from LLMPruner.config import FinetuneConfig, LoraConfig
-from LLMPruner.data import load_windows
 from LLMPruner.errors import RunError
-from LLMPruner.model import LoadedModel, save_model, versions
-
-if TYPE_CHECKING:
-    from LLMPruner.run import Run
+from LLMPruner.families.family import Family
+from LLMPruner.files import write_folder_atomically
+from LLMPruner.model.load import LoadedModel
 
 logger = logging.getLogger("LLMPruner")
 
-ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 ADVICE = "use LoRA (--use_lora --lora_target_attention --lora_target_mlp --lr 2e-4), a lower learning rate, or --dtype float32"
-
-
-def training_windows(tokenizer: Any, config: FinetuneConfig, data_dir: str | None, seed: int) -> torch.Tensor:
-    """Random windows of the train split, int64 `(samples, seq_len)`. Raises UsageError where the split is too short."""
-    length, count = config.seq_len, config.samples
-    return load_windows(tokenizer, config.dataset, "train", seq_len=length, samples=count, data_dir=data_dir, seed=seed)
-
-
-def train_and_save(
-    loaded: LoadedModel, config: FinetuneConfig, windows: torch.Tensor, run: Run, *, seed: int, save: bool, base: Path
-) -> dict[str, Any]:
-    """Fine-tune `loaded` in place and write `pytorch_model_finetuned.bin` (and LoRA's `adapter/`) into the run's folder.
-
-    `base` is the checkpoint that the weights come from, for the record. Returns the training record of `finetune`. Raises
-    RunError, with nothing written, when the loss or its gradient is not finite.
-    """
-    adapter_dir = run.dir / "adapter" if save and config.method == "lora" else None
-    with run.stage("train") as record:
-        record |= finetune(loaded, config, windows, seed=seed, adapter_dir=adapter_dir, base=base)
-    loaded.provenance["finetune"] = _provenance(config, len(windows), seed, base, run.command)
-    if save:
-        with run.stage("save"):
-            save_model(run.dir / "pytorch_model_finetuned.bin", loaded)
-        logger.info("saved %s", run.dir / "pytorch_model_finetuned.bin")
-    return record
 
 
 def finetune(
@@ -68,11 +37,13 @@ def finetune(
     """Train `loaded.model` on packed windows `(n, seq_len)`, int64; every token but the first of a window is a target.
 
     LoRA adapters are saved to `adapter_dir`, naming `base` as their model, and merged, so the model is afterwards what it
-    was, with other weights. Returns method, steps, trainable parameters, learning rate, and the first and last logged loss
-    (nats a token). Raises RunError on a non-finite loss or gradient; a model under LoRA then has its old weights back.
+    was, with other weights. Returns method, steps, trainable parameters, learning rate, warm-up steps, and the first and last
+    logged loss (nats a token). Raises RunError on a non-finite loss or gradient; a model under LoRA then has its old weights back.
     """
     model = loaded.model
-    weights = adapters(model, config.lora, seed) if config.method == "lora" else float32_weights(model)
+    weights = (
+        adapters(model, loaded.plan.geometry.table, config.lora, seed) if config.method == "lora" else float32_weights(model)
+    )
     precision = model.dtype  # of the weights as loaded
     with _training_settings(model), weights as trained:
         trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
@@ -85,13 +56,14 @@ def finetune(
         "steps": steps,
         "trainable_parameters": trainable,
         "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup(_steps(config, len(windows))),
         "loss_first": losses[0],
         "loss_last": losses[-1],
     }
 
 
 @contextmanager
-def adapters(model: torch.nn.Module, config: LoraConfig, seed: int) -> Iterator[torch.nn.Module]:
+def adapters(model: torch.nn.Module, table: Family, config: LoraConfig, seed: int) -> Iterator[torch.nn.Module]:
     """Fresh LoRA adapters (Hu et al. 2021) on `model`, the only trainable parameters, float32 whatever the model's dtype.
 
     On leaving they are merged into the weights; after an exception they are dropped. `model` is then plain again.
@@ -99,7 +71,8 @@ def adapters(model: torch.nn.Module, config: LoraConfig, seed: int) -> Iterator[
     import peft
 
     torch.manual_seed(seed)
-    targets = [*(ATTENTION_TARGETS if config.target_attention else ()), *(MLP_TARGETS if config.target_mlp else ())]
+    wanted = {"attention": config.target_attention, "mlp": config.target_mlp}
+    targets = [part.name for sublayer in table.sublayers if wanted[sublayer.name] for part in sublayer.projections]
     settings = peft.LoraConfig(
         r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
@@ -262,22 +235,3 @@ def _save_adapter(model: torch.nn.Module, folder: Path, base: Path | None) -> No
         model.peft_config["default"].base_model_name_or_path = str(base.resolve())
     # "auto" would ask the hub about the vocabulary
     write_folder_atomically(folder, lambda temporary: model.save_pretrained(temporary, save_embedding_layers=False))
-
-
-def _provenance(config: FinetuneConfig, windows: int, seed: int, base: Path, command: str) -> dict[str, Any]:
-    import peft
-
-    settings = {name: value for name, value in asdict(config).items() if name not in ("prefix", "dataset", "lora")}
-    if config.method == "lora":
-        settings["lora"] = asdict(config.lora)
-    return settings | {
-        "lr": config.learning_rate,
-        "warmup_steps": config.warmup(_steps(config, windows)),
-        "corpus": config.dataset,
-        "split": "train",
-        "windows": windows,
-        "seed": seed,
-        "base_checkpoint": str(base),
-        "command": command,
-        "versions": versions() | {"peft": peft.__version__},
-    }

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from LLMPruner.forward import LayerRunner
+from LLMPruner.source import find_model
 
 from LLMPruner.config import ExportConfig, PruneConfig
 from LLMPruner.export.writer import write_exports
-from LLMPruner.forward import LayerRunner
 from LLMPruner.importance.allocation import allocate, build_plan, make_budget
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import LoadedModel, load_model
-from LLMPruner.source import find_model
 from tests.export.test_hf import LLAMA3_ROPE, pruned
 
 ROOT = Path(__file__).parent.parent.parent

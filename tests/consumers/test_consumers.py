@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from LLMPruner.forward import LayerRunner
+from LLMPruner.source import find_model
 
 from LLMPruner.export.gguf import write_gguf
-from LLMPruner.forward import LayerRunner
 from LLMPruner.model import load_model
-from LLMPruner.source import find_model
 from tests.consumers.exports import export, python_of, reference, smollm2, tiny
 
 HERE = Path(__file__).parent

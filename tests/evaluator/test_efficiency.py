@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
+from LLMPruner.forward import LayerRunner
 from torch.utils.flop_counter import FlopCounterMode
 
 from LLMPruner.config import EfficiencyConfig
@@ -18,7 +19,6 @@ from LLMPruner.evaluator.efficiency import (
     time_decode,
     time_prefill,
 )
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import LoadedModel
 from LLMPruner.plan import LayerPlan, PruningPlan

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_model
+from LLMPruner.forward import LayerRunner
+from LLMPruner.source import find_model
 from safetensors.torch import load_file, save_file
 
 from LLMPruner.evaluator import health
@@ -25,11 +27,9 @@ from LLMPruner.evaluator.health import (
     unreadable,
     with_forward,
 )
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import LoadedModel, load_model, save_model
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
-from LLMPruner.source import find_model
 
 
 def pruned_plan(geometry: Geometry) -> PruningPlan:

@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
+from LLMPruner.evaluator.report import Row, comparison_table, plot_plan, results_json, tables_of
 
 from LLMPruner.evaluator.ppl import Perplexity
-from LLMPruner.evaluator.report import Row, comparison_table, plot_plan, results_json, tables_of
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
 
 DOCUMENT = """\

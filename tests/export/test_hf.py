@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from LLMPruner.forward import LayerRunner
+from LLMPruner.source import find_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
 import LLMPruner.export  # noqa: F401  registers the pruned class
@@ -17,11 +19,9 @@ from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.health import diagnose_weights
 from LLMPruner.export.hf import _write_shards, write_hf, write_padded
 from LLMPruner.export.layout import filled, is_uniform, laid_out, stock
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import LoadedModel, load_model, save_model
 from LLMPruner.plan import LayerPlan, PruningPlan
-from LLMPruner.source import find_model
 from tests.conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
 
 LLAMA3_ROPE = {

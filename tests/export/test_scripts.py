@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from LLMPruner.source import find_model
 from transformers import AutoModelForCausalLM
 
 import diagnose_model
@@ -15,7 +16,6 @@ import llama3_unbalanced_pruning_gqa_aware as pruning
 import test_finetuning as finetuning
 from LLMPruner.export.__main__ import main as export
 from LLMPruner.model import load_model, save_model
-from LLMPruner.source import find_model
 from tests.conftest import half_pruned, random_windows
 
 QUICK = ["--dtype=float32"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_windows, tiny_model
+from LLMPruner.forward import LayerRunner
 from torch import nn
 from torch.nn import functional
 
 from LLMPruner.errors import RunError
-from LLMPruner.forward import LayerRunner
 from LLMPruner.importance.allocation import build_plan
 from LLMPruner.importance.criteria import CRITERIA, score_units
 from LLMPruner.methods.gqa_aware import query_columns

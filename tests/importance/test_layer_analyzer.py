@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import each_architecture, random_windows, tiny_model
+from LLMPruner.forward import LayerRunner
 from torch import nn
 from torch.nn import functional
 
 from LLMPruner.errors import UsageError
-from LLMPruner.forward import LayerRunner
 from LLMPruner.importance.layer_analyzer import (
     LAYER_METHODS,
     LayerImportance,

@@ -13,19 +13,19 @@ import torch
 from conftest import each_architecture, geometry_of, random_windows, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-
 from LLMPruner.checkpoint import write_json
+from LLMPruner.forward import LayerRunner
+from LLMPruner.importance.database import Database, _packed, _unpacked
+from LLMPruner.importance.knapsack import costs_between, knapsack
+from LLMPruner.importance.search_state import SearchState
+
 from LLMPruner.config import PruneConfig
 from LLMPruner.errors import RunError, UsageError
-from LLMPruner.forward import LayerRunner
 from LLMPruner.importance import database as database_module
 from LLMPruner.importance import search as search_module
 from LLMPruner.importance.allocation import Sublayer, build_plan, level_limits, make_budget
 from LLMPruner.importance.criteria import score_units
-from LLMPruner.importance.database import Database, _packed, _unpacked
-from LLMPruner.importance.knapsack import costs_between, knapsack
 from LLMPruner.importance.search import Fitness, measured_levels, search, shifted, shifted_levels
-from LLMPruner.importance.search_state import SearchState
 from LLMPruner.methods.apply import apply_plan
 
 CALIBRATION = random_windows(12, 16, seed=1)

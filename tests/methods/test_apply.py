@@ -7,18 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
+from LLMPruner.forward import LayerRunner
+from LLMPruner.methods.sublayers import KINDS
+from LLMPruner.source import find_model
 
 from LLMPruner.data import load_windows
 from LLMPruner.evaluator.ppl import perplexity
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import _held_out, apply_plan
 from LLMPruner.methods.gqa_aware import query_columns
 from LLMPruner.methods.moments import Moments
 from LLMPruner.methods.repair import REPAIRS
-from LLMPruner.methods.sublayers import KINDS
 from LLMPruner.model import load_model
 from LLMPruner.plan import LayerPlan, PruningPlan
-from LLMPruner.source import find_model
 
 WINDOWS = random_windows()
 CALIBRATION = random_windows(20, 16, seed=1)

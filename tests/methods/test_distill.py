@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
+from LLMPruner.forward import LayerRunner
+from LLMPruner.methods.distill import _distances, distill
+from LLMPruner.source import find_model
 
 from LLMPruner.data import load_windows
 from LLMPruner.evaluator.ppl import perplexity
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods import apply
 from LLMPruner.methods import distill as distill_module
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.methods.distill import _distances, distill
 from LLMPruner.model import load_model
 from LLMPruner.plan import LayerPlan, PruningPlan
-from LLMPruner.source import find_model
 
 CALIBRATION = random_windows(20, 16, seed=1)
 # Layers of the tiny model; only the head comes behind the last.

@@ -12,16 +12,16 @@ import peft
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, half_pruned, random_plan, random_windows, tiny_model
+from LLMPruner.forward import LayerRunner
+from LLMPruner.source import find_model
 
 from LLMPruner.config import FinetuneConfig, LoraConfig
 from LLMPruner.data import load_windows
 from LLMPruner.errors import RunError
 from LLMPruner.evaluator.ppl import perplexity
-from LLMPruner.forward import LayerRunner
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model import LoadedModel, load_model, save_model
 from LLMPruner.run import Run
-from LLMPruner.source import find_model
 from LLMPruner.trainer import finetuner
 from LLMPruner.trainer.finetuner import finetune, train_and_save, training_windows
 

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from LLMPruner.checkpoint import write_json
 from LLMPruner.errors import UsageError
-from LLMPruner.importance.allocation import Sublayer
-from LLMPruner.run import read_json_file
+from LLMPruner.files import read_json_file, write_json
+from LLMPruner.importance.budget import Prunable
 
-MEASURES = 6  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
+STATE_FORMAT = 6  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
 
 
 @dataclass
@@ -31,7 +30,7 @@ class SearchState:
         write_json(path, {"key": key, **asdict(self)})
 
     @classmethod
-    def load(cls, path: Path, key: dict[str, Any], sublayers: Sequence[Sublayer]) -> SearchState:
+    def load(cls, path: Path, key: dict[str, Any], sublayers: Sequence[Prunable]) -> SearchState:
         """Read back what was found for `sublayers`. Raises UsageError when it is missing, malformed or of another search."""
         data = read_json_file(path, "--resume: the search state")
         if not isinstance(data, dict) or data.pop("key", None) != key:
@@ -45,7 +44,7 @@ class SearchState:
             raise UsageError(f"--resume: {path} is not a search state: {error}") from error
         return state
 
-    def _check(self, sublayers: Sequence[Sublayer]) -> None:
+    def _check(self, sublayers: Sequence[Prunable]) -> None:
         """Raise TypeError or ValueError unless a search over `sublayers` can go on from here."""
         if {type(self.generation), type(self.stale)} != {int}:
             raise TypeError("generation and stale are counts")

@@ -7,17 +7,17 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from LLMPruner.importance.allocation import Sublayer
+from LLMPruner.families.slicing import output_columns, output_projection, slice_sublayer
+from LLMPruner.importance.budget import Prunable
 from LLMPruner.importance.criteria import UnitScores
 from LLMPruner.methods.gqa_aware import select_units
 from LLMPruner.methods.repair import solve_own
-from LLMPruner.methods.sublayers import KINDS
 from LLMPruner.plan import Geometry
 
 if TYPE_CHECKING:
     import torch
 
-    from LLMPruner.forward import LayerRunner
+    from LLMPruner.model.forward import LayerRunner
 
 
 class Database:
@@ -28,7 +28,7 @@ class Database:
     for Llama-3-8B at 25%). It knows no budget: every pruning ratio may share it.
     """
 
-    def __init__(self, runner: LayerRunner, geometry: Geometry, sublayers: Sequence[Sublayer], *, heals: bool = True) -> None:
+    def __init__(self, runner: LayerRunner, geometry: Geometry, sublayers: Sequence[Prunable], *, heals: bool = True) -> None:
         self.runner, self.geometry, self.sublayers = runner, geometry, tuple(sublayers)
         self.scores: list[UnitScores] = []
         self._heals = heals
@@ -52,15 +52,16 @@ class Database:
         self._variants.move_to_end(key)
         return self._variants[key]
 
-    def _heal(self, sublayer: Sublayer, kept: tuple[int, ...]) -> torch.Tensor:
+    def _heal(self, sublayer: Prunable, kept: tuple[int, ...]) -> torch.Tensor:
         """Output weights of the kept columns, `(hidden, kept)`, fitted to the dense model's activations."""
-        kind = KINDS[sublayer.kind]
-        weight = kind.projection(self.runner.decoder_layer(sublayer.layer)).weight.detach()
-        columns = kind.columns(kept, self.geometry).to(weight.device)
-        if not self._heals:
-            return weight[:, columns]
-        gram = _unpacked(self._grams[sublayer.layer][sublayer.kind]).to(weight.device)
-        return solve_own(weight.float(), gram, columns).to(weight.dtype)
+        part = self.geometry.table.sublayer(sublayer.kind)
+        with self.runner.store.layer(sublayer.layer) as layer:
+            weight = output_projection(layer, part).weight.detach()
+            columns = output_columns(part, kept, self.geometry).to(weight.device)
+            if not self._heals:
+                return weight[:, columns]
+            gram = _unpacked(self._grams[sublayer.layer][sublayer.kind]).to(weight.device)
+            return solve_own(weight.float(), gram, columns).to(weight.dtype)
 
     @contextlib.contextmanager
     def replaced(self, levels: Sequence[int], start: int = 0) -> Iterator[None]:
@@ -74,19 +75,22 @@ class Database:
     @contextlib.contextmanager
     def _replaced(self, which: int, level: int) -> Iterator[None]:
         sublayer = self.sublayers[which]
-        kind, layer = KINDS[sublayer.kind], self.runner.decoder_layer(sublayer.layer)
-        dense = kind.module(layer)
-        children = dict(dense.named_children())
+        part = self.geometry.table.sublayer(sublayer.kind)
         kept, healed = self.variant(which, level)  # solved while the dense weights are in place
-        try:
-            kind.prune(layer, kept, self.geometry)
-            if kept:
-                kind.projection(layer).weight.data = healed
-            yield
-        finally:
-            setattr(layer, kind.attribute, dense)
-            for name, child in children.items():
-                setattr(dense, name, child)
+        with self.runner.store.layer(sublayer.layer) as layer:
+            dense = getattr(layer, part.attribute)
+            children, units = dict(dense.named_children()), getattr(dense, part.states_units or "", None)
+            try:
+                slice_sublayer(layer, part, kept, self.geometry)
+                if kept:
+                    output_projection(layer, part).weight.data = healed
+                yield
+            finally:
+                setattr(layer, part.attribute, dense)
+                for name, child in children.items():
+                    setattr(dense, name, child)
+                if part.states_units is not None:
+                    setattr(dense, part.states_units, units)
 
 
 def _packed(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

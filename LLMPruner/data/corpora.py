@@ -1,4 +1,4 @@
-"""Named corpora and local files as token windows; the train, validation and test splits are kept apart.
+"""Named corpora and local files as text; the train, validation and test splits are kept apart.
 
 A corpus is looked for in `--data_dir` first (`<folder>/<split>.{txt,parquet,jsonl}`), then on the hub. A path to a local
 file works as a corpus name too. Every corpus is a list of rows; empty rows are dropped and the rest is joined by blank
@@ -14,14 +14,10 @@ import socket
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from LLMPruner.errors import UsageError
-from LLMPruner.run import existing_path
-
-if TYPE_CHECKING:
-    import torch
+from LLMPruner.files import existing_path
 
 logger = logging.getLogger("LLMPruner")
 
@@ -95,52 +91,6 @@ def load_text(name: str, split: str, data_dir: str | None = None) -> str:
     if not rows:
         raise UsageError(f"corpus {name}, split {split}, is empty")
     return "\n\n".join(rows)
-
-
-@lru_cache(maxsize=8)
-def token_ids(tokenizer: Any, name: str, split: str, data_dir: str | None = None) -> torch.Tensor:
-    """The whole split as one stream of tokens, int64 `(n,)`; cached, because several stages cut windows from it."""
-    import torch
-
-    return torch.tensor(tokenizer(load_text(name, split, data_dir), verbose=False).input_ids)
-
-
-def load_windows(
-    tokenizer: Any,
-    name: str,
-    split: str,
-    *,
-    seq_len: int,
-    samples: int = 0,
-    data_dir: str | None = None,
-    seed: int | None = None,
-) -> torch.Tensor:
-    """Non-overlapping windows of `seq_len` tokens, int64 `(n, seq_len)`, in the order of the text.
-
-    `samples` windows are taken (0: all): spread evenly over the split, or drawn at random where `seed` is given. Raises
-    UsageError when the split is shorter than one window.
-    """
-    import torch
-
-    ids = token_ids(tokenizer, name, split, data_dir)
-    count = len(ids) // seq_len
-    if count < 1:
-        raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")
-    windows = ids[: count * seq_len].view(count, seq_len)
-    if name not in CORPORA and split != "train":
-        logger.warning("corpus file %s has no splits: what is measured on it must not have been calibrated on it", name)
-    if 0 < samples < count:
-        if seed is None:
-            chosen = torch.linspace(0, count - 1, samples, dtype=torch.float64).long()  # the first and the last included
-        else:
-            chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
-        windows = windows[chosen]
-    elif samples > count:
-        logger.warning(
-            "corpus %s, split %s, has %d windows of %d, fewer than the %d asked for", name, split, count, seq_len, samples
-        )
-    logger.info("data: %s %s: %d of %d windows of %d tokens", name, split, len(windows), count, seq_len)
-    return windows
 
 
 def _local_file(name: str, data_dir: str | None, split: str) -> Path | None:

@@ -22,18 +22,17 @@ from tqdm import tqdm
 
 from LLMPruner.config import PruneConfig
 from LLMPruner.errors import RunError
-from LLMPruner.importance.allocation import Budget
-from LLMPruner.importance.criteria import CRITERIA, UnitScores, gather_statistics, score_layer
-from LLMPruner.importance.database import Database
-from LLMPruner.importance.knapsack import cheapest_levels, costs_between
-from LLMPruner.importance.search_state import SearchState
+from LLMPruner.importance.budget import Budget
+from LLMPruner.importance.criteria import CRITERIA, gather_statistics, score_layer
+from LLMPruner.importance.search.database import Database
+from LLMPruner.importance.search.knapsack import cheapest_levels, costs_between
+from LLMPruner.importance.search.state import SearchState
 from LLMPruner.methods.repair import REPAIRS
-from LLMPruner.methods.sublayers import KINDS
 
 if TYPE_CHECKING:
     import torch
 
-    from LLMPruner.forward import LayerRunner
+    from LLMPruner.model.forward import LayerRunner
 
 logger = logging.getLogger("LLMPruner")
 
@@ -59,14 +58,14 @@ class Fitness:
         half = len(windows) // 2
         self.halves = (slice(0, half), slice(half, None)) if half else (slice(None),)
         self.levels = [0] * len(database.sublayers)
-        self._hidden = self._prefixes()
+        self._hidden = self.runner.prefixes(windows)
         self._dense = self._hidden[-1]
 
     def adopt(self, levels: Sequence[int]) -> float:
         """Cache the prefixes of `levels`; returns its KL."""
         self.levels = list(levels)
         with self.database.replaced(levels):
-            self._hidden = self._prefixes()
+            self._hidden = self.runner.prefixes(self.windows)
         return self._divergence(self._hidden[-1])
 
     def measure(self, levels: Sequence[int], part: slice = slice(None)) -> float:
@@ -92,41 +91,42 @@ class Fitness:
         return self.halves[generation % len(self.halves)]
 
     def _divergence(self, last: torch.Tensor, part: slice = slice(None)) -> float:
-        return self.runner.divergence(last[:, ::STRIDE], self._dense[part, ::STRIDE])
-
-    def _prefixes(self) -> list[torch.Tensor]:
-        hidden = [self.runner.embed(self.windows)]
-        for index in range(self.runner.num_layers):
-            hidden.append(self.runner.layer(index, hidden[-1]))
-        return hidden
+        return self.runner.head.divergence(last[:, ::STRIDE], self._dense[part, ::STRIDE])
 
 
-def search(
+def prepare(
     runner: LayerRunner,
     budget: Budget,
     config: PruneConfig,
     calibration: torch.Tensor,
     held_out: torch.Tensor,
     *,
-    limits: Sequence[tuple[int, int]],
     seed: int,
-    state: SearchState,
-    save: Callable[[SearchState], None],
-    deadline: float,
-) -> tuple[dict[tuple[int, str], int], list[UnitScores]]:
-    """Kept units of every sublayer by `(layer, kind)`, and the scores by which they are chosen.
-
-    `calibration` feeds statistics and healing, `held_out` the KL, its first quarter the costs. `limits` are the first and last
-    level of each sublayer; `state` is where to begin, and `save` gets it after every step. Past `deadline` (of
-    `time.monotonic`) the best plan so far wins; there is none before every sublayer was measured once.
-    """
+) -> Fitness:
+    """What a search measures with: `calibration` `(n, seq_len)` feeds statistics and healing, `held_out` the KL."""
     repair = REPAIRS[config.repair]  # one that does not solve for weights changes little: unhealed levels stand for it
     database = Database(runner, budget.geometry, budget.sublayers, heals=repair is not None and repair.solves)
     fill_database(database, config, calibration, seed)
-    fitness = Fitness(database, held_out)
+    return Fitness(database, held_out)
+
+
+def find_levels(
+    fitness: Fitness,
+    budget: Budget,
+    config: PruneConfig,
+    *,
+    limits: Sequence[tuple[int, int]],
+    state: SearchState,
+    save: Callable[[SearchState], None],
+    deadline: float,
+) -> None:
+    """Bring `state.levels`, one of each sublayer, to the best plan that is found.
+
+    `limits` are the first and last level of each sublayer; `state` is where to begin, and `save` gets it after every step.
+    Past `deadline` (of `time.monotonic`) the best plan so far wins; there is none before every sublayer was measured once.
+    """
     measure_costs(fitness, limits, state, save, deadline)
     improve(fitness, budget, config, limits, state, save, deadline)
-    return budget.kept(state.levels), database.scores
 
 
 def improve(
@@ -165,9 +165,10 @@ def improve(
 def fill_database(database: Database, config: PruneConfig, calibration: torch.Tensor, seed: int) -> None:
     """Scores and Gram matrices of all layers, in one pass over the calibration windows."""
     criterion, runner, geometry = CRITERIA[config.importance], database.runner, database.geometry
+    names = [sublayer.name for sublayer in geometry.table.sublayers]
     for index, statistics in enumerate(gather_statistics(runner, geometry, calibration, {criterion.needs, "gram"})):
-        scores = score_layer(criterion, runner.decoder_layer(index), geometry, statistics, seed + 2 * index)
-        grams = {kind: gathered.moments.gram for kind, gathered in zip(KINDS, statistics, strict=True)}
+        scores = score_layer(criterion, runner, index, statistics, seed + 2 * index)
+        grams = {name: gathered.moments.gram for name, gathered in zip(names, statistics, strict=True)}
         database.add_layer(scores, grams)
 
 

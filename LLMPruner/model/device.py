@@ -1,0 +1,45 @@
+"""Where a model computes and in which precision. No torch until one of them is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from LLMPruner.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one, else the CPU. Raises UsageError for a device this machine lacks."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise ValueError("meta tensors hold no data")
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises RuntimeError, AssertionError and others for one and the same thing
+        raise UsageError(f"--device {name} is not available here: use cpu, cuda, cuda:N, mps or auto") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and on CPUs with bfloat16 instructions, float32 on others, where bfloat16 is slower."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        return torch.bfloat16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

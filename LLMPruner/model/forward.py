@@ -1,0 +1,152 @@
+"""Hidden states through one decoder layer at a time.
+
+Layer importance, gate gradients, statistics, repair and perplexity all run on this, so nobody else needs to know where a
+layer's weights live, and no prefix is computed twice. Hidden states are `(n, seq_len, hidden)` in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from LLMPruner.families.family import Sublayer
+from LLMPruner.families.slicing import is_removed, output_projection
+from LLMPruner.model.head import Head
+from LLMPruner.model.hidden import BATCH_TOKENS, batches, mapped
+from LLMPruner.model.store import ResidentStore
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+Observer = Callable[[torch.Tensor], None]
+
+
+class LayerRunner:
+    """Runs the layers of a store over batches of windows."""
+
+    def __init__(self, store: ResidentStore, *, batch_tokens: int = BATCH_TOKENS) -> None:
+        self.store, self.batch_tokens = store, batch_tokens
+        self.table = store.geometry.table
+        self.head = Head(store, batch_tokens=batch_tokens)
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM, *, batch_tokens: int = BATCH_TOKENS) -> LayerRunner:
+        """A runner of a model that is in memory."""
+        return cls(ResidentStore(model), batch_tokens=batch_tokens)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.store.num_layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where layers compute."""
+        return self.store.device
+
+    def batches(self, count: int, seq_len: int) -> Iterator[slice]:
+        """Slices over `count` windows, as they go through a layer together."""
+        return batches(count, seq_len, self.batch_tokens)
+
+    @torch.no_grad()
+    def embed(self, windows: torch.Tensor) -> torch.Tensor:
+        """Token windows `(n, seq_len)` to the hidden states before layer 0."""
+        return self.store.embed(windows)
+
+    @torch.no_grad()
+    def sublayer(self, index: int, sublayer: Sublayer, hidden: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
+        """Hidden states after a sublayer of layer `index`; `observe` sees each batch of its output projection's inputs."""
+        with self.store.layer(index) as layer:
+            if is_removed(getattr(layer, sublayer.attribute)):
+                return hidden
+
+            def step(batch: torch.Tensor) -> torch.Tensor:
+                if observe is None:
+                    return self._after(layer, sublayer, batch)
+                with _capture(output_projection(layer, sublayer)) as inputs:
+                    output = self._after(layer, sublayer, batch)
+                observe(inputs[0].flatten(0, -2))
+                return output
+
+            return mapped(hidden, step, self.device, self.batch_tokens)
+
+    def layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after layer `index`."""
+        for sublayer in self.table.sublayers:
+            hidden = self.sublayer(index, sublayer, hidden)
+        return hidden
+
+    def differentiable_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after layer `index`, all windows at once, and for autograd to follow."""
+        with self.store.layer(index) as layer:
+            for sublayer in self.table.sublayers:
+                hidden = self._after(layer, sublayer, hidden)
+        return hidden
+
+    def layers(self, hidden: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Hidden states after the layers `start` to `stop` (exclusive; None: the last)."""
+        for index in range(start, self.num_layers if stop is None else stop):
+            hidden = self.layer(index, hidden)
+        return hidden
+
+    def prefixes(self, windows: torch.Tensor) -> list[torch.Tensor]:
+        """Hidden states before every layer, and after the last."""
+        hidden = [self.embed(windows)]
+        for index in range(self.num_layers):
+            hidden.append(self.layer(index, hidden[-1]))
+        return hidden
+
+    def gate_gradients(self, windows: torch.Tensor, visit: Callable[[int, tuple[torch.Tensor, ...]], None]) -> None:
+        """Gradients of the summed loss with respect to gates of one on every input of the output projections, per token.
+
+        Calls `visit(layer, (attention, mlp))` for each batch and layer, from the last to the first, with float32 gradients
+        `(batch, seq_len, query columns)` and `(batch, seq_len, channels)`. The gradient of a gate is its input times the
+        input's gradient; no weight gradient is ever formed. Memory: one layer's activations, and one hidden state a layer.
+        """
+        self.store.requires_grad_(False)
+        for batch in self.batches(*windows.shape):
+            hidden = self.prefixes(windows[batch])
+            gradient = self.head.loss_gradient(hidden.pop(), windows[batch])
+            for index in reversed(range(self.num_layers)):
+                inputs = hidden.pop().detach().requires_grad_()
+                gates, gradient = self._gates(index, inputs, gradient)
+                visit(index, gates)
+
+    def _gates(self, index: int, inputs: torch.Tensor, gradient: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """The gates' gradients of one layer, and that of its inputs, from the one of its outputs."""
+        with self.store.layer(index) as layer, torch.enable_grad():
+            attention, mlp = (output_projection(layer, sublayer) for sublayer in self.table.sublayers)
+            with _capture(attention) as heads, _capture(mlp) as channels:
+                output = self.differentiable_layer(index, inputs)
+            captured = (heads[0], channels[0])
+            gradient, *slopes = torch.autograd.grad(output, (inputs, *captured), gradient)
+        with torch.no_grad():
+            gates = (value.float() * slope.float() for value, slope in zip(captured, slopes, strict=True))
+            return tuple(gates), gradient
+
+    def _after(self, layer: nn.Module, sublayer: Sublayer, hidden: torch.Tensor) -> torch.Tensor:
+        """The residual stream after one sublayer of a decoder layer."""
+        module, normed = getattr(layer, sublayer.attribute), getattr(layer, sublayer.norm)(hidden)
+        if sublayer.name == "attention":
+            rotary = self.store.rotary(hidden)
+            output, _ = module(hidden_states=normed, position_embeddings=rotary, attention_mask=None, is_causal=True)
+        else:
+            output = module(normed)
+        for norm in sublayer.wraps:
+            output = getattr(layer, norm)(output)
+        return hidden + output
+
+
+@contextmanager
+def _capture(projection: nn.Linear) -> Iterator[list[torch.Tensor]]:
+    """Collect the inputs of `projection` while the context is open."""
+    inputs: list[torch.Tensor] = []
+    handle = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()

@@ -1,0 +1,86 @@
+"""What hidden states say: next-token losses, KL divergence, and their gradients, the logits a few tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn import functional
+
+from LLMPruner.model.hidden import BATCH_TOKENS, batches, fetch
+from LLMPruner.model.store import ResidentStore
+
+# float32 logits of one block, whatever the vocabulary (a divergence holds a few such blocks): 256 MB, but 16 MB on CPUs,
+# where larger blocks are mapped and cleared anew every time, which doubles the time
+LOGIT_ELEMENTS, LOGIT_ELEMENTS_CPU = 1 << 26, 1 << 22
+
+Chunks = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Head:
+    """The final norm and the language-model head, on last hidden states `(n, seq_len, hidden)`."""
+
+    def __init__(self, store: ResidentStore, *, batch_tokens: int = BATCH_TOKENS) -> None:
+        self.store, self.batch_tokens = store, batch_tokens
+
+    @torch.no_grad()
+    def losses(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """Summed next-token negative log-likelihood of each window, float64 `(n,)`, from the last hidden states."""
+        totals = []
+        for batch in batches(*windows.shape, self.batch_tokens):
+            inputs = self.store.final_norm(fetch(hidden, batch, self.store.device)[:, :-1])
+            targets = windows[batch, 1:].to(inputs.device)
+            nll = torch.cat([self._nll(rows, wanted) for rows, wanted in self._chunks(inputs.flatten(0, 1), targets.flatten())])
+            totals.append(nll.view(targets.shape).sum(1, dtype=torch.float64).cpu())
+        return torch.cat(totals)
+
+    @torch.no_grad()
+    def divergence(self, hidden: torch.Tensor, reference: torch.Tensor) -> float:
+        """Mean KL(reference || model), nats a token, from the last hidden states of both.
+
+        Both go through this model's head, which no pruning changes; log-probabilities of a few tokens are alive at a time.
+        """
+        chunks = self._chunks(hidden.flatten(0, -2), reference.flatten(0, -2))
+        return sum(self._summed_divergence(*chunk).double().item() for chunk in chunks) / hidden.shape[:-1].numel()
+
+    def divergence_gradient(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """The gradient of `divergence` with respect to `hidden` `(tokens, hidden)`."""
+        return _gradient(self._chunks(hidden, reference), self._summed_divergence) / len(hidden)
+
+    def loss_gradient(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """d(summed loss)/d(last hidden states)."""
+        result = torch.zeros_like(hidden)
+        targets = windows[:, 1:].to(hidden.device).flatten()
+        chunks = self._chunks(hidden[:, :-1].flatten(0, 1), targets)
+        gradient = _gradient(chunks, lambda rows, wanted: self._nll(self.store.final_norm(rows), wanted).sum())
+        result[:, :-1] = gradient.view(hidden[:, :-1].shape)
+        return result
+
+    def _summed_divergence(self, rows: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Summed KL(reference || model) of last hidden states `(tokens, hidden)`."""
+        with torch.no_grad():
+            theirs = self._log_probs(reference)
+        return functional.kl_div(self._log_probs(rows), theirs, reduction="sum", log_target=True)
+
+    def _nll(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(self.store.head(rows).float(), targets, reduction="none")
+
+    def _log_probs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Next-token log-probabilities, float32, from the last hidden states, which may be wider than the model."""
+        rows = rows.to(self.store.device, self.store.head.weight.dtype)
+        return self.store.head(self.store.final_norm(rows)).float().log_softmax(-1)
+
+    def _chunks(self, rows: torch.Tensor, targets: torch.Tensor) -> Chunks:
+        elements = LOGIT_ELEMENTS_CPU if self.store.device.type == "cpu" else LOGIT_ELEMENTS
+        size = max(1, elements // self.store.geometry.vocab_size)
+        return zip(rows.split(size), targets.split(size), strict=True)
+
+
+def _gradient(chunks: Chunks, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """d(summed loss)/d(rows) of chunks of rows and what they should give."""
+    gradients = []
+    for rows, wanted in chunks:
+        rows = rows.detach().requires_grad_()
+        with torch.enable_grad():
+            gradients.append(torch.autograd.grad(loss(rows, wanted), rows)[0])
+    return torch.cat(gradients)

@@ -1,0 +1,241 @@
+"""What a run was asked for, and all checks of it before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from LLMPruner.config import (
+    EXPORT_FORMATS,
+    PROVENANCE_FILE,
+    CommonConfig,
+    EvalConfig,
+    ExportConfig,
+    FinetuneConfig,
+    PruneConfig,
+)
+from LLMPruner.data.corpora import check_corpus
+from LLMPruner.data.windows import PruneWindows, prune_windows
+from LLMPruner.errors import UsageError
+from LLMPruner.files import require_free_space
+from LLMPruner.importance.allocation import reads_layer_scores
+from LLMPruner.importance.budget import Budget, make_budget
+from LLMPruner.importance.criteria import CRITERIA
+from LLMPruner.importance.layer_analyzer import LayerImportance
+from LLMPruner.importance.search.state import STATE_FORMAT, SearchState
+from LLMPruner.methods.repair import REPAIRS
+from LLMPruner.model.size import checkpoint_bytes, export_bytes
+from LLMPruner.model.source import ModelSource, check_seq_len
+
+if TYPE_CHECKING:
+    pass
+
+MODEL_FILE, FINETUNED_FILE = "pytorch_model.bin", "pytorch_model_finetuned.bin"  # of an experiment
+SEARCH_FILE = "search_state.json"
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """Everything one pruning run was asked for."""
+
+    source: ModelSource
+    prune: PruneConfig
+    common: CommonConfig = CommonConfig()
+    evaluation: EvalConfig = EvalConfig()
+    finetune: FinetuneConfig | None = None
+    export: ExportConfig = ExportConfig()
+    save: bool = True
+    test_original: bool = False
+    test_pruned: bool = False
+    dry_run: bool = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether any PPL is to be reported; fine-tuning without one would be blind."""
+        return not self.dry_run and (self.test_original or self.test_pruned or self.finetune is not None)
+
+    @property
+    def analyzes(self) -> bool:
+        """Whether layers are to be scored: the strategy reads scores and no file brings them."""
+        return reads_layer_scores(self.prune) and self.prune.layer_importance_file is None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything after the layer analysis reads calibration text."""
+        return (
+            CRITERIA[self.prune.importance].needs is not None
+            or REPAIRS[self.prune.repair] is not None
+            or self.prune.pruning_strategy == "search"
+        )
+
+    @property
+    def writes(self) -> bool:
+        """Whether the dense model writes calibration text itself."""
+        return self.prune.self_samples > 0 and REPAIRS[self.prune.repair] is not None
+
+    @property
+    def distills(self) -> bool:
+        """Whether healed layers are trained towards the dense model's; this needs the repair's windows."""
+        return self.prune.distill_epochs > 0 and REPAIRS[self.prune.repair] is not None
+
+    @property
+    def saves_finetuned(self) -> bool:
+        """Whether a second checkpoint is written."""
+        return self.save and self.finetune is not None
+
+    def windows(self, tokenizer: Any) -> PruneWindows:
+        """The token windows of every stage."""
+        return prune_windows(
+            tokenizer,
+            self.prune,
+            self.common,
+            analyzes=self.analyzes,
+            calibrates=self.calibrates,
+            evaluation=self.evaluation if self.measures else None,
+            finetune=None if self.dry_run else self.finetune,
+        )
+
+
+@dataclass(frozen=True)
+class RecoverJob:
+    """Everything one fine-tuning run was asked for."""
+
+    source: ModelSource
+    training: FinetuneConfig
+    evaluation: EvalConfig
+    common: CommonConfig = CommonConfig()
+    export: ExportConfig = ExportConfig()
+    save: bool = True
+    test_before: bool = False
+    test_after: bool = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether any PPL is to be reported."""
+        return self.test_before or self.test_after
+
+
+def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | None]:
+    """All checks that need no weights: the budget in integers, and scores to be re-used (None: to be measured).
+
+    Raises UsageError, with nothing changed on disk.
+    """
+    geometry, config = job.source.geometry, job.prune
+    if job.source.is_pruned:
+        raise UsageError(f"{job.source.path} is pruned already: prune the dense model it came from with a larger ratio")
+    _check_lengths(job)
+    if not job.dry_run:
+        check_export_places(job.export, folder, job.source.path)
+        _check_not_overwritten(job.source, folder, (MODEL_FILE, FINETUNED_FILE), "--save_ckpt_log_name")
+        if (folder / MODEL_FILE).exists() and not job.save:
+            raise UsageError(
+                f"{folder / MODEL_FILE} would no longer fit the plan beside it: choose another name, or save this model too"
+            )
+    budget = make_budget(geometry, config)
+    if config.resume:
+        SearchState.load(folder / SEARCH_FILE, search_key(job), budget.sublayers)
+    importance = None
+    if config.layer_importance_file is not None:
+        file = Path(config.layer_importance_file)
+        importance = LayerImportance.load(file, job.source.fingerprint(), geometry.num_layers)
+    for corpus, split, seq_len in _corpora(job):
+        check_corpus(corpus, job.common.data_dir, split, seq_len)
+    if not job.dry_run:
+        sizes = [geometry.dense_params - budget.target] * (job.save + job.saves_finetuned)
+        _check_space(job, sizes, folder)
+    return budget, importance
+
+
+def check_recover(job: RecoverJob, folder: Path) -> None:
+    """All checks that need no weights. Raises UsageError, with nothing changed on disk."""
+    seq_len, data_dir = job.training.seq_len, job.common.data_dir
+    check_seq_len(job.source, "--seq_len", seq_len)
+    check_corpus(job.training.dataset, data_dir, "train", seq_len)
+    if job.measures:
+        for name in job.evaluation.datasets:
+            check_corpus(name, data_dir, "test", seq_len)
+    if job.save:
+        _check_not_overwritten(job.source, folder, (FINETUNED_FILE,), "--save_name")
+    check_export_places(job.export, folder, job.source.path)
+    _check_space(job, [job.source.plan.total_params] * job.save, folder)
+
+
+def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig) -> None:
+    """Raise UsageError where a wanted export could not be written, before any weight is read."""
+    if export.formats:
+        from LLMPruner.export.writer import check_export
+
+        check_export(source, tokenizer, export)
+
+
+def check_export_places(export: ExportConfig, folder: Path, source: Path) -> None:
+    """Raise UsageError where an export into `folder` would replace the model that is read, or what no export wrote."""
+    for form in export.formats:
+        place = folder / EXPORT_FORMATS[form]
+        if place.is_symlink():
+            raise UsageError(f"{place} is a link: an export would replace it, choose another folder or remove it")
+        if not place.exists():
+            continue
+        if place.samefile(source):
+            raise UsageError(f"the export {place} would replace the model that is read: choose another folder or name")
+        if not _is_export(place, form):
+            raise UsageError(f"{place} is something else than an export, which would replace it: choose another folder")
+
+
+def search_key(job: PruneJob) -> dict[str, Any]:
+    """What a search's result depends on: an interrupted one is continued only under the same."""
+    repair = ("repair_samples", "self_samples", "distill_epochs")
+    free = ("resume", "search_minutes", "search_generations", "layer_importance_file", *repair)
+    settings = {name: value for name, value in asdict(job.prune).items() if name not in free}
+    return {"format": STATE_FORMAT, "model": job.source.fingerprint(), **asdict(job.common), **settings}
+
+
+def _is_export(place: Path, form: str) -> bool:
+    if form != "gguf":
+        return place.is_dir() and (not any(place.iterdir()) or (place / PROVENANCE_FILE).is_file())
+    if not place.is_file():
+        return False
+    with open(place, "rb") as handle:
+        return handle.read(4) == b"GGUF"
+
+
+def _check_not_overwritten(source: ModelSource, folder: Path, names: Iterable[str], flag: str) -> None:
+    for output in (folder / name for name in names):
+        if output.exists() and output.samefile(source.path):
+            raise UsageError(f"{flag} {folder.name} would overwrite {source.path}: choose another name")
+
+
+def _check_space(job: PruneJob | RecoverJob, checkpoints: Iterable[int], folder: Path) -> None:
+    """Raise UsageError unless the disk holds checkpoints of so many parameters each, and the exports."""
+    dtype, device = job.common.dtype, job.common.device
+    size = sum(checkpoint_bytes(params, dtype, device) for params in checkpoints)
+    size += export_bytes(job.source.geometry.dense_params, job.export, dtype, device)
+    require_free_space(folder, size, "what the run writes")
+
+
+def _check_lengths(job: PruneJob) -> None:
+    lengths = {
+        "--calibration_seq_len": job.prune.calibration_seq_len,
+        "--layer_importance_seq_len": job.prune.layer_importance_seq_len,
+    }
+    if job.measures:
+        lengths["--eval_seq_len"] = job.evaluation.seq_len
+    if job.finetune is not None:
+        lengths[job.finetune.prefix + "seq_len"] = job.finetune.seq_len
+    for flag, length in lengths.items():
+        check_seq_len(job.source, flag, length)
+
+
+def _corpora(job: PruneJob) -> list[tuple[str, str, int]]:
+    wanted = []
+    if job.calibrates or job.analyzes:
+        wanted.append((job.prune.calibration_dataset, "train", job.prune.calibration_seq_len))
+    if job.prune.pruning_strategy == "search":
+        wanted.append((job.prune.calibration_dataset, "validation", job.prune.search_seq_len))
+    if job.measures:
+        wanted += [(name, "test", job.evaluation.seq_len) for name in job.evaluation.datasets]
+    if job.finetune is not None:
+        wanted.append((job.finetune.dataset, "train", job.finetune.seq_len))
+    return wanted
