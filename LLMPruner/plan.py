@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -37,16 +37,12 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise UsageError(f"no table of the family {self.family!r}: there are {', '.join(FAMILIES)}")
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        sizes = (*sizes, "max_positions")
-        for name in sizes:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UsageError(f"the model config is not a usable Llama: {name} is {getattr(self, name)!r}")
+        for name, value in ((entry.name, getattr(self, entry.name)) for entry in fields(self) if entry.type == "int"):
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"the model config is not a usable Llama: {name} is {value!r}")
         if self.num_heads % self.num_kv_heads:
-            raise UsageError(
-                f"the model config is not a usable Llama: {self.num_heads} query heads "
-                f"do not divide into {self.num_kv_heads} KV heads"
-            )
+            heads = f"{self.num_heads} query heads do not divide into {self.num_kv_heads} KV heads"
+            raise UsageError(f"the model config is not a usable Llama: {heads}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Geometry:
@@ -178,21 +174,16 @@ class PruningPlan:
     @property
     def kv_counts(self) -> tuple[int, ...]:
         """Kept KV groups per layer."""
-        return tuple(len(layer.kv_groups) for layer in self.layers)
+        return self.counts("attention")
 
     @property
     def channel_counts(self) -> tuple[int, ...]:
         """Kept MLP channels per layer."""
-        return tuple(len(layer.channels) for layer in self.layers)
+        return self.counts("mlp")
 
     def counts(self, sublayer: str) -> tuple[int, ...]:
         """Kept units of the attention or the MLP per layer."""
         return tuple(len(layer.kept(sublayer)) for layer in self.layers)
-
-    @property
-    def dense_counts(self) -> tuple[int, int]:
-        """KV groups and channels of a layer that keeps everything."""
-        return self.geometry.num_kv_heads, self.geometry.intermediate_size
 
     @property
     def is_dense(self) -> bool:

@@ -23,27 +23,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script of the repository, not of an installed package
 
 import torch
-from LLMPruner.checkpoint import write_json, write_text
-from LLMPruner.forward import LayerRunner
-from LLMPruner.importance.database import Database
-from LLMPruner.importance.search_state import SearchState
-from LLMPruner.job import JobWindows, PruneJob, cut_windows
-from LLMPruner.pipeline import search_text
-from LLMPruner.self_text import mixed, write_windows
-from LLMPruner.source import ModelSource, check_seq_len, find_model
 
 from LLMPruner import cli
-from LLMPruner.config import PRESETS, EvalConfig, PruneConfig, RunConfig, require_at_least
-from LLMPruner.data import check_corpus
+from LLMPruner.config import PRESETS, CommonConfig, EvalConfig, PruneConfig, require_at_least
+from LLMPruner.data.corpora import check_corpus
+from LLMPruner.data.windows import PruneWindows, evaluation_windows
 from LLMPruner.errors import RunError, UsageError
-from LLMPruner.evaluator.ppl import load_eval_windows
-from LLMPruner.importance.allocation import Budget, adds_bias, allocate, build_plan, level_limits, make_budget
+from LLMPruner.files import read_json_file, write_json, write_text
+from LLMPruner.importance.budget import Budget, level_limits, make_budget
 from LLMPruner.importance.criteria import score_units
-from LLMPruner.importance.layer_analyzer import LAYER_METHODS
-from LLMPruner.importance.search import Fitness, fill_database, improve, measure_costs
-from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import count_parameters, load_model, resolve_device, resolve_dtype, versions
-from LLMPruner.run import logger, peak_memory, read_json_file, reset_peak_memory, start_logging, stop_logging
+from LLMPruner.importance.search.search import Fitness, improve, measure_costs, prepare
+from LLMPruner.importance.search.state import SearchState
+from LLMPruner.memory import peak_memory, reset_peak_memory
+from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import load_model
+from LLMPruner.model.size import count_parameters
+from LLMPruner.model.source import ModelSource, check_seq_len, find_model
+from LLMPruner.plan import PruningPlan
+from LLMPruner.run import logger, start_logging, stop_logging, versions
+from LLMPruner.stages import prune as stages
+from LLMPruner.stages.job import PruneJob
 
 CORPORA = ("wikitext2", "ptb", "news")
 PLOT_TOP = 1000  # perplexity
@@ -82,18 +82,17 @@ def clocked(make: Callable[[], Any]) -> tuple[Any, float, float]:
 class Bench:
     """The dense model, the windows, and what rows share, with the seconds and memory of every shared part."""
 
-    def __init__(self, source: ModelSource, evaluation: EvalConfig, run: RunConfig) -> None:
-        self.source, self.run = source, run
+    def __init__(self, source: ModelSource, evaluation: EvalConfig, common: CommonConfig) -> None:
+        self.source, self.common = source, common
         self.dense = load_model(source)
         self.geometry = self.dense.plan.geometry
         self.dense.model.requires_grad_(False)
-        self.test = load_eval_windows(self.dense.tokenizer, evaluation, run.data_dir)
-        self.reference = {name: self.last_hidden(self.dense.model, rows) for name, rows in self.test.items()}
+        self.test = evaluation_windows(self.dense.tokenizer, evaluation, common.data_dir)
+        self.reference = {name: self.last_hidden(self.dense.runner, rows) for name, rows in self.test.items()}
         self.shared: dict[tuple, tuple[Any, float, float]] = {}
 
-    def last_hidden(self, model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
+    def last_hidden(self, runner: LayerRunner, rows: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states before the final norm, four windows at a time."""
-        runner = LayerRunner(model)
         return [runner.layers(runner.embed(part)) for part in rows.split(4)]
 
     def once(self, key: tuple, make: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -102,55 +101,37 @@ class Bench:
             self.shared[key] = clocked(make)
         return self.shared[key]
 
-    def measure(self, model: Any) -> dict[str, dict[str, float]]:
+    def measure(self, runner: LayerRunner) -> dict[str, dict[str, float]]:
         """PPL and KL(dense || model) on every corpus."""
-        runner = LayerRunner(model)
         results = {}
         for name, rows in self.test.items():
             loss = divergence = 0.0
-            for part, ours, theirs in zip(rows.split(4), self.last_hidden(model, rows), self.reference[name], strict=True):
-                loss += runner.losses(ours, part).sum().item()
-                divergence += runner.divergence(ours, theirs) * len(part) / len(rows)
+            for part, ours, theirs in zip(rows.split(4), self.last_hidden(runner, rows), self.reference[name], strict=True):
+                loss += runner.head.losses(ours, part).sum().item()
+                divergence += runner.head.divergence(ours, theirs) * len(part) / len(rows)
             results[name] = {"ppl": math.exp(loss / (len(rows) * (rows.shape[1] - 1))), "kl": divergence}
         return results
 
     def row(self, name: str, ratio: float, corpus: str) -> dict[str, Any]:
-        """One method at one ratio, calibrated on one corpus."""
-        config = prune_config(name, ratio, corpus)
-        budget, runner = make_budget(self.geometry, config), LayerRunner(self.dense.model)
-        job = PruneJob(self.source, config, self.run)
-        windows = cut_windows(job, self.dense.tokenizer)
-        costs, scores = [], None
-        if windows.layers is not None:
-            method = LAYER_METHODS[config.layer_importance_method]
-            scores, *cost = self.once(("layers", corpus), lambda: method(runner, windows.layers))
+        """One method at one ratio, calibrated on one corpus: the stages of the pruning script, one after the other."""
+        job = PruneJob(self.source, prune_config(name, ratio, corpus), self.common)
+        windows, costs = job.windows(self.dense.tokenizer), []
+
+        def charged(made: tuple[Any, float, float]) -> Any:
+            value, *cost = made
             costs.append(cost)
-        if config.pruning_strategy == "search":
-            (kept, units), *cost = self.search(job, runner, budget, windows, costs)
-        else:
-            units, *cost = self.once(
-                ("units", corpus, config.importance),
-                lambda: score_units(runner, self.geometry, config.importance, windows=windows.calibration, seed=self.run.seed),
-            )
-            kept = allocate(budget, scores, config, units)
-        costs.append(cost)
-        plan = build_plan(self.geometry, kept, units, output_bias=adds_bias(config))
-        if plan.removed_params < ratio * self.geometry.dense_params:
-            raise RunError(f"{name} at {ratio}: the plan removes {plan.removed_params} parameters")
+            return value
+
+        plan = self.plan(job, windows, charged)
         text = windows.repair
         if job.writes:
-            count, seq_len = config.self_samples, config.calibration_seq_len
-            settings = {"samples": count, "seq_len": seq_len, "seed": self.run.seed}
-            write = partial(write_windows, self.dense.model, self.dense.tokenizer, **settings)
-            written, *cost = self.once(("written", count, seq_len), write)
-            costs.append(cost)
-            text = mixed(text, written, seed=self.run.seed)
-        model = copy.deepcopy(self.dense.model)
-        settings = {"repair": config.repair, "distill_epochs": config.distill_epochs, "seed": self.run.seed}
-        _, *cost = clocked(lambda: apply_plan(LayerRunner(model), plan, windows=text, **settings))
-        costs.append(cost)
-        if count_parameters(model) != plan.total_params:
-            raise RunError(f"{name} at {ratio}: {count_parameters(model)} parameters, the plan says {plan.total_params}")
+            key = ("written", job.prune.self_samples, job.prune.calibration_seq_len)
+            written = charged(self.once(key, lambda: stages.write_repair_text(self.dense, job.prune, self.common)))
+            text = stages.repair_text(text, written, self.common)
+        runner = LayerRunner.of(copy.deepcopy(self.dense.model))
+        charged(clocked(lambda: stages.apply(runner, plan, text, job.prune, self.common)))
+        if count_parameters(runner.store.model) != plan.total_params:
+            raise RunError(f"{name} at {ratio}: the model has other parameters than the plan says, {plan.total_params}")
         return {
             "row": name,
             "ratio": ratio,
@@ -161,34 +142,49 @@ class Bench:
             "channels": plan.channel_counts,
             "seconds": round(sum(seconds for seconds, _ in costs), 1),
             "peak_memory_gb": round(max(memory for _, memory in costs), 2),
-            "results": self.measure(model),
+            "results": self.measure(runner),
         }
 
-    def search(
-        self, job: PruneJob, runner: LayerRunner, budget: Budget, windows: JobWindows, costs: list[list[float]]
-    ) -> tuple[Any, float, float]:
-        """The search of the pipeline; its database and costs, which do not depend on the ratio, are shared."""
-        config = job.prune
-        limits, state = level_limits(budget, config, None), SearchState()
+    def plan(self, job: PruneJob, windows: PruneWindows, charged: Callable[[tuple[Any, float, float]], Any]) -> PruningPlan:
+        """The row's plan; scores that other rows of the corpus read too are measured once."""
+        config, runner, corpus = job.prune, self.dense.runner, job.prune.calibration_dataset
+        budget, scores = make_budget(self.geometry, config), None
+        if windows.layers is not None:
+            scores = charged(self.once(("layers", corpus), lambda: stages.score_layers(runner, windows.layers, job))).scores
+        if config.pruning_strategy == "search":
+            plan = self.search(job, budget, windows, charged)
+        else:
+            settings = {"windows": windows.calibration, "seed": self.common.seed}
+            score = partial(score_units, runner, self.geometry, config.importance, **settings)
+            units = charged(self.once(("units", corpus, config.importance), score))
+            plan = stages.plan_by_scores(budget, config, scores, units)
+        if plan.removed_params < config.pruning_ratio * self.geometry.dense_params:
+            raise RunError(f"the plan removes {plan.removed_params} parameters, fewer than {config.pruning_ratio}")
+        return plan
 
-        def prepare() -> tuple[Fitness, list[dict[int, float]]]:
-            database, found = Database(runner, budget.geometry, budget.sublayers), SearchState()
-            fill_database(database, config, windows.calibration, self.run.seed)
-            fitness = Fitness(database, search_text(job, self.dense, windows.held_out))
+    def search(
+        self, job: PruneJob, budget: Budget, windows: PruneWindows, charged: Callable[[tuple[Any, float, float]], Any]
+    ) -> PruningPlan:
+        """The search; its database and costs, which do not depend on the ratio, are shared. No clock ends it: load must not
+        change a plan."""
+        config, corpus = job.prune, job.prune.calibration_dataset
+        limits = level_limits(budget, config, None)
+
+        def start() -> tuple[Fitness, list[dict[int, float]]]:
+            held_out = stages.search_text(self.dense, windows.held_out, config, self.common)
+            calibration, found = windows.calibration, SearchState()
+            fitness = prepare(self.dense.runner, budget, config, calibration, held_out, seed=self.common.seed)
             measure_costs(fitness, limits, found, lambda _: None, math.inf)
             return fitness, found.costs
 
-        (fitness, state.costs), *cost = self.once(("search", config.calibration_dataset), prepare)
-        costs.append(cost)
-        return self.once(
-            ("plan", config.calibration_dataset, config.pruning_ratio),
-            lambda: self.improve(fitness, budget, config, limits, state),
-        )
+        fitness, costs = charged(self.once(("search", corpus), start))
 
-    def improve(self, fitness: Fitness, budget: Budget, config: PruneConfig, limits: Any, state: SearchState):
-        """The kept counts and unit scores of this budget, whatever the clock says: load must not change a plan."""
-        improve(fitness, budget, config, limits, state, lambda _: None, math.inf)
-        return budget.kept(state.levels), fitness.database.scores
+        def go_on() -> PruningPlan:
+            state = SearchState(costs=costs)
+            improve(fitness, budget, config, limits, state, lambda _: None, math.inf)
+            return stages.plan_of_counts(budget, config, budget.kept(state.levels), fitness.database.scores)
+
+        return charged(self.once(("plan", corpus, config.pruning_ratio), go_on))
 
 
 def prune_config(name: str, ratio: float, corpus: str) -> PruneConfig:
@@ -199,7 +195,7 @@ def prune_config(name: str, ratio: float, corpus: str) -> PruneConfig:
 def recipe(argv: Sequence[str]) -> None:
     """Check, then measure what is missing; write the JSON after every row, the table and the plot at the end."""
     args = parse(argv)
-    run = RunConfig(seed=args.seed, data_dir=args.data_dir)
+    common = CommonConfig(seed=args.seed, data_dir=args.data_dir)
     require_at_least("--seq_len", args.seq_len, 2)  # EvalConfig has other names for both
     require_at_least("--windows", args.windows, 0)
     evaluation = EvalConfig(CORPORA, args.seq_len, args.windows)
@@ -215,14 +211,14 @@ def recipe(argv: Sequence[str]) -> None:
         raise UsageError(f"--output {args.output} is not a folder")
     path = args.output / "quality.json"
     setting = {"model": args.base_model, "windows": args.windows, "seq_len": args.seq_len, "seed": args.seed}
-    setting["dtype"] = str(resolve_dtype(run.dtype, resolve_device(run.device))).removeprefix("torch.")
+    setting["dtype"] = dtype_name(resolve_dtype(common.dtype, resolve_device(common.device)))
     record = read_json_file(path, "the record") if path.exists() else {**setting, "versions": versions(), "rows": []}
     if any(record[key] != value for key, value in setting.items()):
         raise UsageError(f"{path} was measured with other settings: pass another --output")
     args.output.mkdir(parents=True, exist_ok=True)
     handlers = start_logging()
     try:
-        fill(record, Bench(source, evaluation, run), wanted, path)
+        fill(record, Bench(source, evaluation, common), wanted, path)
     finally:
         stop_logging(handlers)
     write_text(args.output / "quality.md", table(record))
@@ -233,7 +229,7 @@ def recipe(argv: Sequence[str]) -> None:
 def fill(record: dict[str, Any], bench: Bench, wanted: Sequence[tuple[str, float, str]], path: Path) -> None:
     """Measure the dense model and the wanted rows that the record lacks."""
     if "dense" not in record:
-        record["dense"] = {"removed": 0, "results": bench.measure(bench.dense.model)}
+        record["dense"] = {"removed": 0, "results": bench.measure(bench.dense.runner)}
     measured_by = commit()  # once: the code in this process stays what it is, whatever is committed meanwhile
     done = {(row["calibration"], row["ratio"], row["row"]) for row in record["rows"]}
     for corpus, ratio, name in wanted:

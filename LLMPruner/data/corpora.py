@@ -2,7 +2,8 @@
 
 A corpus is looked for in `--data_dir` first (`<folder>/<split>.{txt,parquet,jsonl}`), then on the hub. A path to a local
 file works as a corpus name too. Every corpus is a list of rows; empty rows are dropped and the rest is joined by blank
-lines into one text, the usual perplexity text, so local copies and the hub give the same tokens.
+lines into one text, the usual perplexity text, so local copies and the hub give the same tokens. Of a corpus of `documents`,
+too many to be read whole, a part in random order is read row by row.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import random
 import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +36,9 @@ class Corpus:
     hub: str | None = None
     column: str = "text"
     revision: str | None = None
-    files: dict[str, str] | None = None
+    files: dict[str, str] | None = None  # by split
+    halves: dict[str, int] | None = None  # splits that share a file: of its rows every second from this one on
+    documents: bool = False  # rows are texts of their own, and too many to be read whole where a few windows are wanted
 
 
 CORPORA = {
@@ -45,7 +50,10 @@ CORPORA = {
         files={
             "train": "en/c4-train.00000-of-01024.json.gz",
             "validation": "en/c4-validation.00000-of-00008.json.gz",
+            "test": "en/c4-validation.00000-of-00008.json.gz",
         },
+        halves={"validation": 0, "test": 1},  # c4 has no test split
+        documents=True,
     ),
     # Australian news articles that the PyPI package gensim carries: real text without a hub.
     "news": Corpus("news"),
@@ -62,7 +70,11 @@ def check_corpus(name: str, data_dir: str | None, split: str, seq_len: int = 1) 
     if name in CORPORA or existing_path(name, "corpus").is_file():
         if Path(name).suffix not in SUFFIXES and name not in CORPORA:
             raise UsageError(f"corpus file {name} must end in {', '.join(SUFFIXES)}")
-        size = len(load_text(name, split, data_dir).encode())
+        size = 0
+        for document in documents(name, split, data_dir, seed=0) if reads_a_part(name) else [load_text(name, split, data_dir)]:
+            size += len(document.encode())
+            if size >= seq_len:
+                break
         if size < seq_len:
             raise UsageError(f"corpus {name}, split {split}, has {size} bytes: shorter than one window of {seq_len}")
         return
@@ -80,17 +92,44 @@ def describe(name: str) -> str:
 @lru_cache(maxsize=8)
 def load_text(name: str, split: str, data_dir: str | None = None) -> str:
     """The rows of one split joined by blank lines. Raises UsageError when the corpus cannot be reached or lacks the split."""
-    local = _local_file(name, data_dir, split)
-    if local is not None:
-        rows = _read_file(local, CORPORA[name].column if name in CORPORA else "text")
-    elif name == "news":
-        rows = _news_rows(split)
-    else:
-        rows = _hub_rows(name, split)
-    rows = [row.strip("\n") for row in rows if row and row.strip()]  # a table's missing rows are None
+    rows = [_clean(row) for row in _rows(name, split, data_dir) if _says_something(row)]
     if not rows:
         raise UsageError(f"corpus {name}, split {split}, is empty")
     return "\n\n".join(rows)
+
+
+def reads_a_part(name: str) -> bool:
+    """Whether windows of the corpus are cut from a random part of its documents, because the whole is too large."""
+    return name in CORPORA and CORPORA[name].documents
+
+
+def documents(name: str, split: str, data_dir: str | None, *, seed: int) -> Iterator[str]:
+    """The rows of one split in a random order, one at a time: the table itself stays on disk. Raises as `load_text`."""
+    rows = _rows(name, split, data_dir)
+    found = False
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    for place in order:
+        if _says_something(row := rows[place]):
+            found = True
+            yield _clean(row)
+    if not found:
+        raise UsageError(f"corpus {name}, split {split}, is empty")
+
+
+def _clean(row: str) -> str:
+    return row.strip("\n")
+
+
+def _says_something(row: str | None) -> bool:
+    return bool(row and row.strip())  # a table's missing rows are None
+
+
+def _rows(name: str, split: str, data_dir: str | None) -> Sequence[str | None]:
+    local = _local_file(name, data_dir, split)
+    if local is not None:
+        return _read_file(local, CORPORA[name].column if name in CORPORA else "text")
+    return _news_rows(split) if name == "news" else _hub_rows(name, split)
 
 
 def _local_file(name: str, data_dir: str | None, split: str) -> Path | None:
@@ -105,7 +144,7 @@ def _local_file(name: str, data_dir: str | None, split: str) -> Path | None:
     return None
 
 
-def _read_file(path: Path, column: str) -> list[str]:
+def _read_file(path: Path, column: str) -> Sequence[str | None]:
     if path.suffix == ".txt":
         try:
             return path.read_text(encoding="utf-8").split("\n")
@@ -120,18 +159,18 @@ def _read_file(path: Path, column: str) -> list[str]:
         raise UsageError(f"{path} is not a readable {path.suffix} file: {str(error).splitlines()[0]}") from error
     for candidate in (column, "text", "sentence"):
         if candidate in table.column_names:
-            return list(table[candidate])
+            return table[candidate]
     raise UsageError(f"{path} has no text column: found {', '.join(table.column_names)}, want {column}")
 
 
-def _hub_rows(name: str, split: str) -> list[str]:
+def _hub_rows(name: str, split: str) -> Sequence[str | None]:
     import datasets
     import huggingface_hub.constants
 
     if not _hub_answers():  # what is cached still loads, and at once
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     corpus = CORPORA[name]
-    files = None if corpus.files is None else {split: corpus.files.get(split, corpus.files["validation"])}
+    files = None if corpus.files is None else {split: corpus.files[split]}
     try:
         table = datasets.load_dataset(corpus.hub, corpus.config, data_files=files, split=split, revision=corpus.revision)
     except Exception as error:  # offline, renamed, gated: each raises its own kind, and the cure is the same
@@ -140,7 +179,9 @@ def _hub_rows(name: str, split: str) -> list[str]:
             f"corpus {name} cannot be loaded from the hub ({type(error).__name__}): "
             f"put {corpus.folder}/{split}.txt (one row a line) into a folder and pass --data_dir FOLDER"
         ) from error
-    return list(table[corpus.column])
+    if corpus.halves is not None and split in corpus.halves:
+        table = table.select(range(corpus.halves[split], len(table), 2))
+    return table[corpus.column]
 
 
 @lru_cache(maxsize=1)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.config import CommonConfig, EvalConfig, FinetuneConfig, PruneConfig
-from LLMPruner.data.corpora import CORPORA, load_text
+from LLMPruner.data.corpora import CORPORA, documents, load_text, reads_a_part
 from LLMPruner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,6 +80,15 @@ def evaluation_windows(
     }
 
 
+def read_alike(tokenizer: Any, other: Any, config: EvalConfig, data_dir: str | None, split: str = "test") -> bool:
+    """Whether two tokenizers make the same windows of every corpus of `config`."""
+    streams = (
+        [_stream(reader, name, split, config.seq_len, config.samples, data_dir) for name in config.datasets]
+        for reader in (tokenizer, other)
+    )
+    return all(ours.equal(theirs) for ours, theirs in zip(*streams, strict=True))
+
+
 def training_windows(tokenizer: Any, config: FinetuneConfig, common: CommonConfig) -> torch.Tensor:
     """Random windows of the train split, int64 `(samples, seq_len)`. Raises UsageError where the split is too short."""
     length, count, data_dir = config.seq_len, config.samples, common.data_dir
@@ -92,6 +101,29 @@ def token_ids(tokenizer: Any, name: str, split: str, data_dir: str | None = None
     import torch
 
     return torch.tensor(tokenizer(load_text(name, split, data_dir), verbose=False).input_ids)
+
+
+@lru_cache(maxsize=8)
+def _part_ids(tokenizer: Any, name: str, split: str, data_dir: str | None, wanted: int, seed: int) -> torch.Tensor:
+    """As many documents in random order as have `wanted` tokens, as one stream of tokens, int64 `(n,)`."""
+    import torch
+
+    ids: list[int] = []
+    for document in documents(name, split, data_dir, seed=seed):
+        text = "\n\n" * bool(ids) + document
+        ids += tokenizer(text, verbose=False, add_special_tokens=not ids).input_ids
+        if len(ids) >= wanted:
+            break
+    return torch.tensor(ids)
+
+
+def _stream(
+    tokenizer: Any, name: str, split: str, seq_len: int, samples: int, data_dir: str | None, seed: int | None = None
+) -> torch.Tensor:
+    """The tokens that `samples` windows (0: all) of a split are cut from, int64 `(n,)`."""
+    if samples and reads_a_part(name):
+        return _part_ids(tokenizer, name, split, data_dir, samples * seq_len, seed or 0)[: samples * seq_len]
+    return token_ids(tokenizer, name, split, data_dir)
 
 
 def load_windows(
@@ -107,11 +139,12 @@ def load_windows(
     """Non-overlapping windows of `seq_len` tokens, int64 `(n, seq_len)`, in the order of the text.
 
     `samples` windows are taken (0: all): spread evenly over the split, or drawn at random where `seed` is given. Raises
-    UsageError when the split is shorter than one window.
+    UsageError when the split is shorter than one window. Of a corpus that is read in part they come from a random part of its
+    documents, also where no `seed` is given.
     """
     import torch
 
-    ids = token_ids(tokenizer, name, split, data_dir)
+    ids = _stream(tokenizer, name, split, seq_len, samples, data_dir, seed)
     count = len(ids) // seq_len
     if count < 1:
         raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner import __version__
+import LLMPruner
 from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
-from LLMPruner.data.windows import evaluation_windows, token_ids
+from LLMPruner.data.windows import evaluation_windows, read_alike
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.table import comparison_table, results_json, tables_of
 from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
@@ -45,7 +45,7 @@ def compare(
         "windows": {name: len(rows) for name, rows in windows.items()},
         "device": str(device),
         "dtype": dtype_name(resolve_dtype(common.dtype, device)),
-        "versions": {"LLMPruner": __version__, **versions()},
+        "versions": {"LLMPruner": LLMPruner.__version__, **versions()},
         **({"efficiency": costs} if costs else {}),
     }
     paths = {role: os.fspath(source.path) for role, source in sources.items()}
@@ -65,9 +65,7 @@ def shared_windows(
     first, tokenizer = next(iter(tokenizers.items()))
     windows = evaluation_windows(tokenizer, evaluation, data_dir)
     for role, other in tokenizers.items():
-        if len(other) != len(tokenizer) or any(
-            not token_ids(other, name, "test", data_dir).equal(token_ids(tokenizer, name, "test", data_dir)) for name in windows
-        ):
+        if len(other) != len(tokenizer) or not read_alike(tokenizer, other, evaluation, data_dir):
             raise UsageError(f"the tokenizers of --{first}_model and --{role}_model differ: their PPL cannot be compared")
         check_token_ids(sources[role], f"--{role}_model", *windows.values())
     return windows

@@ -18,6 +18,7 @@ from LLMPruner.methods.block_distill import BLOCK, distill_block
 from LLMPruner.methods.moments import Moments
 from LLMPruner.methods.repair import REPAIRS, Evidence, Healed, Repair
 from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.hidden import fetch
 from LLMPruner.plan import PruningPlan
 
 logger = logging.getLogger("LLMPruner")
@@ -83,9 +84,11 @@ def _heal(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan
     """Slice and heal one sublayer, and move both streams past it, the dense one through the dense weights."""
     kept, healed = plan.layers[index].kept(sublayer.name), None
     whole, drifted = len(kept) == plan.geometry.units(sublayer.name), streams.pruned is not streams.dense
-    answer = runner.sublayer(index, sublayer, streams.dense)
     if kept and (not whole or (drifted and method.solves)):
-        healed = method.heal(_evidence(runner, sublayer, index, plan, method, streams, answer))
+        evidence, answer = _evidence(runner, sublayer, index, plan, method, streams)
+        healed = method.heal(evidence)
+    else:
+        answer = runner.sublayer(index, sublayer, streams.dense)
     _slice(runner, sublayer, index, plan)
     if healed is not None:
         with runner.store.layer(index) as layer:
@@ -103,34 +106,35 @@ def _slice(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPla
 
 
 def _evidence(
-    runner: LayerRunner,
-    sublayer: Sublayer,
-    index: int,
-    plan: PruningPlan,
-    method: Repair,
-    streams: Streams,
-    answer: torch.Tensor,
-) -> Evidence:
-    """What a repair may know of a dense sublayer; `answer` is the dense stream after it. Gathered batch by batch."""
+    runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan, method: Repair, streams: Streams
+) -> tuple[Evidence, torch.Tensor]:
+    """What a repair may know of a dense sublayer, and the dense stream after it. Gathered batch by batch.
+
+    The target is what the projection itself gave on the dense stream, not the difference of the stream after and before: where
+    the stream is 64 times as long as what is added to it, a third of that difference is bfloat16's rounding.
+    """
     columns = output_columns(sublayer, plan.layers[index].kept(sublayer.name), plan.geometry).to(runner.device)
-    held = held_out_tokens(*answer.shape[:2]).to(runner.device)
-    batches = runner.batches(*answer.shape[:2])
+    dense, pruned, answer = streams.dense, streams.pruned, torch.empty_like(streams.dense)
+    held = held_out_tokens(*dense.shape[:2]).to(runner.device)
     with runner.store.layer(index) as layer:
         projection = output_projection(layer, sublayer)
         chosen = columns if method.solves and len(columns) < projection.in_features else None
         fit, held_out = (Moments(gram=method.solves, kept=chosen) for _ in range(2))
-        bias = 0 if projection.bias is None else projection.bias
-
-        def add(inputs: torch.Tensor) -> None:
-            batch, targets = next(batches), None
-            if method.solves:
-                moves = [answer[batch] - before[batch] - bias for before in (streams.dense, streams.pruned)]
-                targets = torch.cat(moves, -1).flatten(0, 1)  # (tokens, 2 * hidden)
-            for moments, part in ((fit, ~held[batch].flatten()), (held_out, held[batch].flatten())):
-                moments.add(inputs[part], targets=None if targets is None else targets[part])
-
-        runner.sublayer(index, sublayer, streams.pruned, add)
-        return Evidence(projection.weight.detach(), columns, fit, held_out)
+        bias = 0 if projection.bias is None else projection.bias.float()
+        for part in runner.batches(*dense.shape[:2]):
+            before = fetch(dense, part, runner.device)
+            seen = theirs = runner.observed(index, sublayer, before)
+            answer[part] = theirs.after
+            drift = 0
+            if pruned is not dense:
+                now = fetch(pruned, part, runner.device)
+                seen, drift = runner.observed(index, sublayer, now), before.float() - now.float()
+            own = theirs.outputs.float() - bias
+            targets = torch.cat([own, own + drift], -1).flatten(0, 1) if method.solves else None  # (tokens, 2 * hidden)
+            inputs, out = seen.inputs.flatten(0, 1), held[part].flatten()
+            for moments, tokens in ((fit, ~out), (held_out, out)):
+                moments.add(inputs[tokens], targets=None if targets is None else targets[tokens])
+        return Evidence(projection.weight.detach(), columns, fit, held_out), answer
 
 
 def _assign(linear: nn.Linear, healed: Healed) -> None:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from tqdm import tqdm
 
+from LLMPruner.model.device import float64
 from LLMPruner.model.forward import LayerRunner
 
 logger = logging.getLogger("LLMPruner")
@@ -159,5 +160,5 @@ def _distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _distance(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
     """Mean of `_distances` over the tokens held out, batch by batch."""
     batches = runner.batches(*held_out.shape)
-    total = sum(_distances(hidden[batch], targets[batch])[held_out[batch]].double().sum().item() for batch in batches)
+    total = sum(float64(_distances(hidden[batch], targets[batch])[held_out[batch]]).sum().item() for batch in batches)
     return total / held_out.sum().item()

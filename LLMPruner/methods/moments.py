@@ -32,9 +32,10 @@ class Moments:
         rows = inputs.float()
         self._first = _plus(self._first, rows.sum(0))
         chosen = rows if self._kept is None else rows[:, self._kept]
-        with _exact_products(inputs, targets):
+        with _exact_products(inputs):
             self._second = _plus(self._second, rows.T @ chosen if self._full else rows.square().sum(0))
-            if targets is not None:
+        if targets is not None:
+            with _exact_products(inputs, targets):
                 self._cross = _plus(self._cross, targets.float().T @ chosen)
         self.count += rows.shape[0]
 
@@ -91,14 +92,14 @@ def _same(kept: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 @contextmanager
-def _exact_products(*factors: torch.Tensor | None) -> Iterator[None]:
+def _exact_products(*factors: torch.Tensor) -> Iterator[None]:
     """Where all `factors` were bfloat16, float32 products by the processor's units for short formats (bfloat16, TF32).
 
     Nothing is lost, for the factors fit them and the sums stay float32, and it takes less than half of the time.
     """
     import torch
 
-    if any(factor is not None and factor.dtype != torch.bfloat16 for factor in factors):
+    if any(factor.dtype != torch.bfloat16 for factor in factors):
         yield
         return
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from LLMPruner.model.device import float64
+
 if TYPE_CHECKING:  # importance.criteria reads this module and must not wait for torch
     import torch
 
@@ -30,14 +32,14 @@ def removal_costs(weight: torch.Tensor, gram: torch.Tensor, width: int) -> torch
     """
     import torch
 
-    left = weight.detach().double().clone()
-    system = gram.double().clone()
+    left = float64(weight.detach()).clone()
+    system = float64(gram).clone()
     system.diagonal().add_(DAMPING * system.diagonal().mean().clamp_min(1e-12))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
     units = weight.shape[1] // width
     batch = -(-units // ROUNDS)
-    alive = torch.ones(units, dtype=torch.bool, device=weight.device)
-    costs = torch.zeros(units, device=weight.device)
+    alive = torch.ones(units, dtype=torch.bool, device=left.device)
+    costs = torch.zeros(units, device=left.device)
     while alive.any():
         now = _unit_costs(left, inverse, width).masked_fill(~alive, torch.inf)
         going = torch.topk(now, min(batch, int(alive.sum())), largest=False).indices

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from LLMPruner.model.device import float64
+
 if TYPE_CHECKING:  # the command line reads REPAIRS and must not wait for torch
     import torch
 
@@ -72,9 +74,9 @@ def least_squares(evidence: Evidence) -> Healed:
     unrepaired = Healed(original.to(evidence.weight.dtype), choice="none")
     if name == "none":
         return unrepaired
-    targets, system = _equations(weight.double(), evidence.fit + evidence.held_out, kept)
-    own, dense, undrifted = _solve(targets, system, original.double(), ridge)
-    healed = own + share * ((undrifted if name == "drift" else dense) - own)
+    targets, system = _equations(float64(weight), evidence.fit + evidence.held_out, kept)
+    own, dense, undrifted = _solve(targets, system, float64(original), ridge)
+    healed = (own + share * ((undrifted if name == "drift" else dense) - own)).to(weight.device)
     # On few tokens the solution on all windows can be worse on the held-out ones; NaN is no better either.
     if _distance(healed.float(), gram, drift) <= unhealed:
         return Healed(healed.to(evidence.weight.dtype), choice=f"{name} {share:.2f} ridge {ridge:g}")
@@ -118,7 +120,7 @@ def solve_own(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, *, r
 
 def _equations(weight: torch.Tensor, moments: Moments, kept: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The targets E[y x_S'] of the own function and of the two of `Evidence`, and H_SS, in the dtype of `weight`."""
-    gram, cross = moments.gram.to(weight.dtype), moments.cross.to(weight.dtype)
+    gram, cross, kept = moments.gram.to(weight), moments.cross.to(weight), kept.to(weight.device)
     return [weight @ gram, *cross.split(weight.shape[0])], gram[kept]
 
 
@@ -146,9 +148,9 @@ def _solve(targets: list[torch.Tensor], system: torch.Tensor, original: torch.Te
 
 def output_error(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, solved: torch.Tensor) -> float:
     """Mean squared output error E|W x - V x_S|^2 of `solved` on inputs with the given Gram matrix."""
-    difference = weight.double().clone()
-    difference[:, kept] -= solved.double()
-    return ((difference @ gram.double()) * difference).sum().item()
+    difference = float64(weight).clone()
+    difference[:, kept.to(difference.device)] -= float64(solved)
+    return ((difference @ float64(gram)) * difference).sum().item()
 
 
 @dataclass(frozen=True)

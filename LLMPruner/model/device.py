@@ -29,15 +29,27 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and on CPUs with bfloat16 instructions, float32 on others, where bfloat16 is slower."""
+    """`auto` is bfloat16 where the hardware computes in it (GPUs from Ampere on, Apple's, CPUs with bfloat16 instructions).
+
+    Elsewhere it is float32: an older GPU or CPU emulates bfloat16, which is slower.
+    """
     import torch
 
     if name != "auto":
         return getattr(torch, name)
-    if device.type != "cpu":
-        return torch.bfloat16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = True
     return torch.bfloat16 if fast else torch.float32
+
+
+def float64(tensor: torch.Tensor) -> torch.Tensor:
+    """The values in float64; on the CPU where their own device has no such numbers (Apple's GPUs)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 Observer = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A batch of hidden states `(n, seq_len, hidden)` after a sublayer, and what entered and left its output projection."""
+
+    after: torch.Tensor
+    inputs: torch.Tensor  # (n, seq_len, columns)
+    outputs: torch.Tensor  # (n, seq_len, hidden), its bias included
 
 
 class LayerRunner:
@@ -67,12 +77,17 @@ class LayerRunner:
             def step(batch: torch.Tensor) -> torch.Tensor:
                 if observe is None:
                     return self._after(layer, sublayer, batch)
-                with _capture(output_projection(layer, sublayer)) as inputs:
-                    output = self._after(layer, sublayer, batch)
-                observe(inputs[0].flatten(0, -2))
-                return output
+                seen = self._observed(layer, sublayer, batch)
+                observe(seen.inputs.flatten(0, -2))
+                return seen.after
 
             return mapped(hidden, step, self.device, self.batch_tokens)
+
+    @torch.no_grad()
+    def observed(self, index: int, sublayer: Sublayer, batch: torch.Tensor) -> Observed:
+        """One batch `(n, seq_len, hidden)` through a sublayer of layer `index`, and what its output projection did."""
+        with self.store.layer(index) as layer:
+            return self._observed(layer, sublayer, batch)
 
     def layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after layer `index`."""
@@ -122,11 +137,16 @@ class LayerRunner:
             attention, mlp = (output_projection(layer, sublayer) for sublayer in self.table.sublayers)
             with _capture(attention) as heads, _capture(mlp) as channels:
                 output = self.differentiable_layer(index, inputs)
-            captured = (heads[0], channels[0])
+            captured = (heads[0][0], channels[0][0])
             gradient, *slopes = torch.autograd.grad(output, (inputs, *captured), gradient)
         with torch.no_grad():
             gates = (value.float() * slope.float() for value, slope in zip(captured, slopes, strict=True))
             return tuple(gates), gradient
+
+    def _observed(self, layer: nn.Module, sublayer: Sublayer, batch: torch.Tensor) -> Observed:
+        with _capture(output_projection(layer, sublayer)) as calls:
+            after = self._after(layer, sublayer, batch)
+        return Observed(after, *calls[0])
 
     def _after(self, layer: nn.Module, sublayer: Sublayer, hidden: torch.Tensor) -> torch.Tensor:
         """The residual stream after one sublayer of a decoder layer."""
@@ -142,11 +162,11 @@ class LayerRunner:
 
 
 @contextmanager
-def _capture(projection: nn.Linear) -> Iterator[list[torch.Tensor]]:
-    """Collect the inputs of `projection` while the context is open."""
-    inputs: list[torch.Tensor] = []
-    handle = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+def _capture(projection: nn.Linear) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Collect the inputs and outputs of `projection` while the context is open."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = projection.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
     try:
-        yield inputs
+        yield calls
     finally:
         handle.remove()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
+from LLMPruner.model.device import float64
 from LLMPruner.model.hidden import BATCH_TOKENS, batches, fetch
 from LLMPruner.model.store import ResidentStore
 
@@ -31,7 +32,7 @@ class Head:
             inputs = self.store.final_norm(fetch(hidden, batch, self.store.device)[:, :-1])
             targets = windows[batch, 1:].to(inputs.device)
             nll = torch.cat([self._nll(rows, wanted) for rows, wanted in self._chunks(inputs.flatten(0, 1), targets.flatten())])
-            totals.append(nll.view(targets.shape).sum(1, dtype=torch.float64).cpu())
+            totals.append(float64(nll.view(targets.shape)).sum(1).cpu())
         return torch.cat(totals)
 
     @torch.no_grad()
@@ -41,7 +42,7 @@ class Head:
         Both go through this model's head, which no pruning changes; log-probabilities of a few tokens are alive at a time.
         """
         chunks = self._chunks(hidden.flatten(0, -2), reference.flatten(0, -2))
-        return sum(self._summed_divergence(*chunk).double().item() for chunk in chunks) / hidden.shape[:-1].numel()
+        return sum(self._summed_divergence(*chunk).item() for chunk in chunks) / hidden.shape[:-1].numel()
 
     def divergence_gradient(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """The gradient of `divergence` with respect to `hidden` `(tokens, hidden)`."""

@@ -38,12 +38,11 @@ def finetune(
 
     LoRA adapters are saved to `adapter_dir`, naming `base` as their model, and merged, so the model is afterwards what it
     was, with other weights. Returns method, steps, trainable parameters, learning rate, warm-up steps, and the first and last
-    logged loss (nats a token). Raises RunError on a non-finite loss or gradient; a model under LoRA then has its old weights back.
+    logged loss (nats a token). Raises RunError on a non-finite loss or gradient; a model under LoRA then has its old weights
+    back.
     """
-    model = loaded.model
-    weights = (
-        adapters(model, loaded.plan.geometry.table, config.lora, seed) if config.method == "lora" else float32_weights(model)
-    )
+    model, table = loaded.model, loaded.plan.geometry.table
+    weights = adapters(model, table, config.lora, seed) if config.method == "lora" else float32_weights(model)
     precision = model.dtype  # of the weights as loaded
     with _training_settings(model), weights as trained:
         trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
@@ -224,9 +223,18 @@ def _arguments(
         dataloader_pin_memory=on_gpu,
         disable_tqdm=not sys.stderr.isatty(),
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else the Trainer copies the model to every GPU of the machine in each step (DataParallel)
+    _keep_on(arguments, device)
     return arguments
+
+
+def _keep_on(arguments: TrainingArguments, device: torch.device) -> None:
+    """Train where the model is: by itself the Trainer takes cuda:0, and copies the model to all GPUs (DataParallel)."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)
+        arguments.distributed_state.device = device  # of accelerate
+        vars(arguments)["_setup_devices"] = device  # the cached value of `arguments.device`
 
 
 def _save_adapter(model: torch.nn.Module, folder: Path, base: Path | None) -> None:

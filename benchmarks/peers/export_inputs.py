@@ -14,15 +14,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script of the repository, not of an installed package
 
-from LLMPruner.checkpoint import write_json
-from LLMPruner.source import check_seq_len, find_model
 from safetensors.torch import save_file
 
 from LLMPruner import cli
 from LLMPruner.config import require_at_least
-from LLMPruner.data import check_corpus, load_windows
+from LLMPruner.data.corpora import check_corpus
+from LLMPruner.data.windows import load_windows
 from LLMPruner.errors import UsageError
-from LLMPruner.model import load_model
+from LLMPruner.files import write_json
+from LLMPruner.model.load import load_model
+from LLMPruner.model.source import check_seq_len, find_model
 
 CORPORA = ("wikitext2", "ptb", "news")
 
