@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from LLMPruner.forward import LayerRunner
-from LLMPruner.source import find_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, load_model
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import LoadedModel, load_model, save_model
+from LLMPruner.model.source import find_model
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
@@ -119,7 +119,7 @@ def half_pruned(trained_dir: Path) -> LoadedModel:
     plan = PruningPlan.dense(loaded.plan.geometry)
     for index in (0, 2):
         plan = plan.with_layer(index, LayerPlan((1,), tuple(range(0, 96, 3))))
-    apply_plan(LayerRunner(loaded.model), plan)
+    apply_plan(LayerRunner.of(loaded.model), plan)
     loaded.plan = plan
     return loaded
 
@@ -165,3 +165,31 @@ def trained_dir(tmp_path_factory, tokenizer) -> Path:
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def model_dir(tmp_path, tokenizer):
+    """Saves a tiny model as a HF directory and returns its path."""
+
+    def save(name="model", seed=0, **changes):
+        folder = tmp_path / name
+        tiny_model(seed, **changes).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def pruned_bin(tmp_path, tokenizer):
+    """Prunes a tiny model at random, saves our .bin, and returns its path and the model."""
+
+    def save(**changes):
+        model = tiny_model(**changes)
+        plan = random_plan(geometry_of(model))
+        apply_plan(LayerRunner.of(model), plan)
+        path = tmp_path / "pytorch_model.bin"
+        save_model(path, LoadedModel(model, tokenizer, plan, {"base_model": "tiny", "seed": 1}))
+        return path, model, plan
+
+    return save

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import half_pruned, random_windows
-from LLMPruner.source import find_model
 
 import test_finetuning as script
 from LLMPruner.cli import finetune_config
-from LLMPruner.model import load_model, save_model
+from LLMPruner.model.load import load_model, save_model
+from LLMPruner.model.source import find_model
 
 ROOT = Path(__file__).parent.parent
 INPUT = "prune_log/pruned/pytorch_model.bin"
@@ -99,7 +99,8 @@ def test_lora_end_to_end(command):
     for was, now in zip(metrics["ppl"]["before"], metrics["ppl"]["after"], strict=True):
         assert now["ppl"] < 0.9 * was["ppl"] and (was["split"], was["seq_len"], was["windows"]) == ("test", 32, 8)
     assert [row["corpus"] for row in metrics["ppl"]["after"]] == ["wikitext2", "ptb"]
-    assert [row["stage"] for row in metrics["stages"]] == ["load", "evaluate", "train", "save", "evaluate"]
+    evaluations = ["evaluate before fine-tuning", "evaluate after fine-tuning"]
+    assert [row["stage"] for row in metrics["stages"]] == ["load", evaluations[0], "train", "save", evaluations[1]]
     assert metrics["training"]["steps"] == 12 and metrics["training"]["loss_last"] < metrics["training"]["loss_first"]
     log = (stamp / "training.log").read_text()
     was, now = (metrics["ppl"][when][0]["ppl"] for when in ("before", "after"))
@@ -120,10 +121,10 @@ def test_full_fine_tuning_is_the_default_and_works(command):
 
 
 def test_what_is_saved_is_what_was_trained(command, monkeypatch):
-    from LLMPruner.trainer import finetuner
-
     kept = []
-    monkeypatch.setattr(finetuner, "save_model", lambda path, loaded: (kept.append(loaded.model), save_model(path, loaded)))
+    monkeypatch.setattr(
+        "LLMPruner.model.load.save_model", lambda path, loaded: (kept.append(loaded.model), save_model(path, loaded))
+    )
     assert command("--use_lora") == 0
     rows = random_windows(2, 16)
     with torch.no_grad():
@@ -156,7 +157,7 @@ def test_a_second_round_needs_another_name(command, capsys):
     before, seen = Path(OUTPUT).read_bytes(), files()
     assert command("--use_lora", model=OUTPUT) == 2
     error = capsys.readouterr().err
-    assert "overwrite the input" in error and error.count("\n") == 1
+    assert f"--save_name tuned would overwrite {OUTPUT}" in error and error.count("\n") == 1
     assert Path(OUTPUT).read_bytes() == before and files() == seen
     assert command("--use_lora", model=OUTPUT, name="again") == 0
 
@@ -229,7 +230,7 @@ def test_the_two_paths_are_required(flag, capsys):
 def test_a_corpus_with_too_few_tokens_is_refused_before_weights_are_read(command, capsys, monkeypatch):
     Path("few.txt").write_text("The cat chases the mouse quickly .")  # bytes enough, tokens not
     before = files()
-    monkeypatch.setattr("LLMPruner.model.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("LLMPruner.stages.recover.load_model", lambda *_, **__: pytest.fail("weights were read"))
     assert command("--dataset=few.txt") == 2
     assert "shorter than one window" in capsys.readouterr().err and files() == before
 

@@ -10,12 +10,13 @@ import pytest
 from conftest import each_architecture, geometry_of, random_plan, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from LLMPruner.forward import LayerRunner
 
 from LLMPruner.errors import UsageError
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import build_empty, count_parameters
-from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import build_empty
+from LLMPruner.model.size import count_parameters
+from LLMPruner.plan import Geometry, LayerPlan, PruningPlan, expected_shapes, removed_prefixes
 
 GEOMETRY = Geometry(
     vocab_size=10, hidden_size=8, intermediate_size=6, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=2, mlp_bias=True
@@ -121,7 +122,7 @@ def test_counts_equal_the_pruned_models(changes, seed):
     model = tiny_model(**changes)
     geometry = geometry_of(model)
     plan = random_plan(geometry, seed)
-    apply_plan(LayerRunner(model), plan)
+    apply_plan(LayerRunner.of(model), plan)
     assert plan.total_params == count_parameters(model) == geometry.dense_params - plan.removed_params
     empty = build_empty(model.config, plan)
     empty.tie_weights()
@@ -133,7 +134,8 @@ def test_a_sublayer_may_be_gone_but_not_the_first_attention():
     geometry = Geometry(10, 8, 6, 3, 4, 2, 2, attention_bias=True, mlp_bias=True)
     plan = PruningPlan.dense(geometry)
     none = plan.with_layer(2, LayerPlan((), ()))
-    lost = geometry.attention_params + geometry.mlp_params + 2 * geometry.hidden_size  # with the biases of o and down
+    lost = geometry.sublayer_params("attention") + geometry.sublayer_params("mlp")
+    lost += 2 * geometry.hidden_size  # the biases of o and down
     assert none.removed_params == lost and PruningPlan.from_json(none.to_json()) == none
     with pytest.raises(UsageError, match="layer 0 keeps no KV group"):
         plan.with_layer(0, LayerPlan((), (0,)))
@@ -144,6 +146,47 @@ def test_output_biases_count_where_a_sublayer_was_pruned_and_had_none():
     plan = replace(PruningPlan.dense(geometry), output_bias=True)
     assert plan.total_params == geometry.dense_params
     pruned = plan.with_layer(1, LayerPlan((0,), (0, 1, 2, 3, 4, 5)))
-    assert pruned.removed_params == geometry.group_params - geometry.hidden_size
-    assert (pruned.attention_output_bias(1), pruned.mlp_output_bias(1), pruned.attention_output_bias(0)) == (True, False, False)
+    assert pruned.removed_params == geometry.unit_params("attention") - geometry.hidden_size
+    biases = [pruned.has_output_bias(name, index) for name, index in (("attention", 1), ("mlp", 1), ("attention", 0))]
+    assert biases == [True, False, False] and pruned.adds_bias
     assert PruningPlan.from_json(pruned.to_json()).output_bias
+
+
+@each_architecture
+def test_the_parts_of_a_sublayer_add_up_to_its_tensors(changes):
+    model = tiny_model(**changes)
+    geometry, layer = geometry_of(model), model.model.layers[1]
+    for name, module in (("attention", layer.self_attn), ("mlp", layer.mlp)):
+        assert geometry.sublayer_params(name) + geometry.whole_params(name) == count_parameters(module)
+        assert geometry.sublayer_params(name) == geometry.units(name) * geometry.unit_params(name)
+
+
+@each_architecture
+def test_the_expected_shapes_are_those_of_the_pruned_model(changes):
+    model = tiny_model(**changes)
+    plan = random_plan(geometry_of(model), 1).with_layer(2, LayerPlan((), (0, 5)))
+    plan = replace(plan.with_layer(3, LayerPlan((0,), ())), output_bias=True)
+    found = {name: tuple(tensor.shape) for name, tensor in build_empty(model.config, plan).state_dict().items()}
+    if plan.geometry.tied_embeddings:
+        del found["lm_head.weight"]
+    assert expected_shapes(plan) == found
+    removed = removed_prefixes(plan)
+    assert removed == ("model.layers.2.self_attn.", "model.layers.3.mlp.")
+    assert not any(name.startswith(removed) for name in expected_shapes(plan))
+    dense = expected_shapes(PruningPlan.dense(plan.geometry))
+    kept = {name for name in dense if not name.startswith(removed)}
+    assert kept <= expected_shapes(plan).keys(), "nothing else is missing"
+
+
+def test_the_family_is_stated_where_it_is_not_llama_and_one_without_a_table_is_refused():
+    """Files of before there was another family have none, and a Llama's are still written so."""
+    mistral = replace(GEOMETRY, family="mistral")
+    for geometry in (GEOMETRY, mistral):
+        text = PruningPlan.dense(geometry).to_json()
+        assert ("family" in json.loads(text)["geometry"]) == (geometry is mistral)
+        assert PruningPlan.from_json(text).geometry == geometry
+    with pytest.raises(UsageError, match="no table of the family 'gpt2': there are llama, mistral"):
+        replace(GEOMETRY, family="gpt2")
+    with pytest.raises(UsageError, match="model_type 'gpt2' is of no family"):
+        Geometry.from_config(CONFIG | {"model_type": "gpt2"})
+    assert Geometry.from_config({name: value for name, value in CONFIG.items() if name != "model_type"}).family == "llama"

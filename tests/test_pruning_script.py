@@ -12,15 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_windows
-from LLMPruner.source import find_model
+from conftest import tiny_model
 
 import llama3_unbalanced_pruning_gqa_aware as script
-from LLMPruner.config import PRESETS, PruneConfig, RunConfig
+from LLMPruner.config import PRESETS
 from LLMPruner.importance.allocation import STRATEGIES
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.methods.repair import REPAIRS
-from LLMPruner.model import load_model
+from LLMPruner.model.load import load_model, save_model
+from LLMPruner.model.source import find_model
 from LLMPruner.plan import PruningPlan
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def test_a_run_leaves_what_the_document_promises(command):
     assert os.access(stamp / "train.sh", os.X_OK) and "--prune_mlp" in (stamp / "train.sh").read_text()
 
     plan = PruningPlan.from_json((folder / "pruning_plan.json").read_text())
-    loaded = load_model(find_model(str(folder / "pytorch_model.bin"), "--base_model"), dtype="float32")
+    loaded = load_model(find_model(str(folder / "pytorch_model.bin"), "--base_model"), dtype="float32", device="cpu")
     assert loaded.plan == plan
     assert sum(p.numel() for p in loaded.model.parameters()) == plan.total_params == loaded.provenance["parameters"]
     assert plan.removed_params >= 0.25 * plan.geometry.dense_params
@@ -101,8 +101,6 @@ def test_scores_are_reused_for_another_ratio_and_refused_for_another_model(comma
     assert "layer importance" not in [
         s["stage"] for s in json.loads(Path("prune_log/second/metrics.json").read_text())["stages"]
     ]
-    from conftest import tiny_model
-
     other = tmp_path / "other"
     tiny_model(seed=5).save_pretrained(other)
     assert command("--prune_mlp", "--skip_importance_analysis", scores, name="third", base=other) == 2
@@ -128,7 +126,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing_but_the_log(command, capsys)
 def test_every_choice_meets_the_budget(command, flag):
     assert command("--prune_mlp", "--no_save_model", "--search_generations=2", "--search_tokens=128", flag) == 0
     plan = PruningPlan.from_json(Path("prune_log/exp/pruning_plan.json").read_text())
-    step = 4 * plan.geometry.channel_params
+    step = 4 * plan.geometry.unit_params("mlp")
     assert 0 <= plan.removed_params - 0.25 * plan.geometry.dense_params < step
     assert not Path("prune_log/exp/pytorch_model.bin").exists()
 
@@ -147,7 +145,7 @@ def test_the_model_may_write_a_part_of_its_calibration_text(command):
         assert command("--prune_mlp", *flags, name=name) == 0
     plans = {Path("prune_log", name, "pruning_plan.json").read_text() for name in ("corpus", "written", "blind")}
     checkpoints = [f"prune_log/{name}/pytorch_model.bin" for name in ("corpus", "written")]
-    models = [load_model(find_model(path, "--base_model")).model for path in checkpoints]
+    models = [load_model(find_model(path, "--base_model"), dtype="float32", device="cpu").model for path in checkpoints]
     assert len(plans) == 1
     assert not all(map(torch.equal, models[0].state_dict().values(), models[1].state_dict().values()))
     logs = {name: next(Path("prune_log", name).glob("*/training.log")).read_text() for name in ("written", "blind")}
@@ -170,7 +168,7 @@ def test_distillation_follows_the_repair_and_the_card_says_so(command):
 def test_a_bias_that_the_repair_added_survives_the_checkpoint(command):
     assert command("--preset=flap", "--prune_mlp", "--pruning_ratio=0.4") == 0
     source = find_model("prune_log/exp/pytorch_model.bin", "--base_model")
-    loaded = load_model(source, dtype="float32")
+    loaded = load_model(source, dtype="float32", device="cpu")
     biases = {name for name, _ in loaded.model.named_parameters() if name.endswith("bias")}
     assert biases and all(name.endswith(("o_proj.bias", "down_proj.bias")) for name in biases)
     assert source.plan.removed_params >= 0.4 * source.geometry.dense_params
@@ -181,8 +179,8 @@ def search_flags(*flags):
 
 
 def test_half_of_what_a_search_measures_on_is_written_by_the_dense_model_and_not_what_the_repair_reads(command, monkeypatch):
-    from LLMPruner import self_text
-    from LLMPruner.importance import search
+    from LLMPruner.data import self_text
+    from LLMPruner.importance.search import search
 
     seen, texts, start, write = [], [], search.Fitness.__init__, self_text.write_windows
     monkeypatch.setattr(search.Fitness, "__init__", lambda self, base, rows: seen.append(rows) or start(self, base, rows))
@@ -198,23 +196,10 @@ def test_half_of_what_a_search_measures_on_is_written_by_the_dense_model_and_not
     assert len(seen[1]) == 1, "a single window is one of the corpus"
 
 
-def test_no_more_is_written_for_a_search_than_its_corpus_has(trained_dir):
-    """Many tokens asked of a small corpus must not become hours of writing."""
-    from LLMPruner.pipeline import search_text
-
-    loaded = load_model(find_model(str(trained_dir), "--base_model"), dtype="float32")
-    config = PruneConfig(pruning_strategy="search", calibration_seq_len=16, search_tokens=640)
-    job, held_out = SimpleNamespace(prune=config, run=RunConfig()), random_windows(3, 16)
-    text = search_text(job, loaded, held_out)
-    assert text.shape == (6, 16)
-    assert {tuple(row) for row in held_out.tolist()} < {tuple(row) for row in text.tolist()}
-
-
 def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, capsys):
     """Ctrl-C in the middle of a generation leaves the state; --resume ends where a whole run ends, measuring the rest."""
-    from LLMPruner.importance.search_state import MEASURES
-
-    from LLMPruner.importance import search
+    from LLMPruner.importance.search import search
+    from LLMPruner.importance.search.state import STATE_FORMAT
 
     calls, alone = [], search.Fitness.alone
     monkeypatch.setattr(search.Fitness, "alone", lambda *args: calls.append(args) or alone(*args))
@@ -241,15 +226,15 @@ def test_an_interrupted_search_continues_to_the_same_plan(command, monkeypatch, 
     for other in ("--pruning_ratio=0.3", "--dtype=bfloat16"):
         assert command(*search_flags("--search_generations=4", "--resume", other), name="part") == 2
         assert "other settings" in capsys.readouterr().err
-    monkeypatch.setattr("LLMPruner.job.MEASURES", MEASURES - 1)  # a release whose costs meant something else
+    monkeypatch.setattr("LLMPruner.stages.job.STATE_FORMAT", STATE_FORMAT - 1)  # a release whose costs meant something else
     assert command(*search_flags("--search_generations=4", "--resume"), name="part") == 2
     assert "search anew" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("minutes, generations", [(1, 0), (2, 2)])
 def test_the_search_ends_after_its_minutes(command, monkeypatch, minutes, generations):
-    monkeypatch.setattr("LLMPruner.pipeline.time", SimpleNamespace(monotonic=lambda: 1000.0))
-    monkeypatch.setattr("LLMPruner.importance.search.time", SimpleNamespace(monotonic=lambda: 1000.0 + 90))
+    monkeypatch.setattr("LLMPruner.stages.prune.time", SimpleNamespace(monotonic=lambda: 1000.0))
+    monkeypatch.setattr("LLMPruner.importance.search.search.time", SimpleNamespace(monotonic=lambda: 1000.0 + 90))
     assert command(*search_flags("--search_generations=2", f"--search_minutes={minutes}", "--distill_epochs=0")) == 0
     state = json.loads(Path("prune_log/exp/search_state.json").read_text())
     assert state["generation"] == generations
@@ -260,7 +245,7 @@ def test_whole_sublayers_may_go_and_the_model_still_works(command):
     assert command("--preset=best", "--prune_mlp", "--search_tokens=128", *flags) == 0
     source = find_model("prune_log/exp/pytorch_model.bin", "--base_model")
     assert 0 in source.plan.kv_counts + source.plan.channel_counts, "a ratio this high needs it, or this test proves nothing"
-    loaded = load_model(source, dtype="float32")
+    loaded = load_model(source, dtype="float32", device="cpu")
     prompt = torch.tensor([[5, 6, 7, 8]])
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     cached, uncached = (loaded.model.generate(prompt, use_cache=use_cache, **options) for use_cache in (True, False))
@@ -279,9 +264,7 @@ def test_a_run_that_reads_no_text_asks_for_none(command, data_dir):
 
 def test_the_input_is_never_overwritten(command, capsys):
     """A dense model in the very file that the run would write."""
-    from LLMPruner.model import save_model
-
-    dense = load_model(find_model(str(command.base), "--base_model"), dtype="float32")
+    dense = load_model(find_model(str(command.base), "--base_model"), dtype="float32", device="cpu")
     Path("prune_log/exp").mkdir(parents=True)
     save_model(Path("prune_log/exp/pytorch_model.bin"), dense)
     before = Path("prune_log/exp/pytorch_model.bin").read_bytes()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from LLMPruner.errors import RunError, UsageError
-from LLMPruner.run import Run, check_experiment, read_json_file, start_logging, stop_logging
+from LLMPruner.run import Run, check_experiment, start_logging, stop_logging
 
 FLAG = "--save_ckpt_log_name"
 logger = logging.getLogger("LLMPruner")
@@ -161,10 +161,23 @@ def test_the_description_has_the_command_and_one_setting_a_line():
     assert lines[0] == "command: python prune.py --pruning_ratio 0.25" and {"pruning_ratio: 0.25", "repair: none"} <= set(lines)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe"])
-def test_a_file_that_is_missing_or_not_json_is_refused(tmp_path, content):
-    path = tmp_path / "a.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UsageError, match="--config .*a.json (does not exist|is not JSON)"):
-        read_json_file(path, "--config")
+def test_a_run_finds_its_folder_as_a_dead_one_should_have_left_it():
+    """A folder that one was about to replace comes back, half-written files go, and what a living process writes stays."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder = Path("prune_log/exp")
+    (folder / f".hf.{dead.pid}.old").mkdir(parents=True)
+    (folder / f".hf.{dead.pid}.tmp").mkdir()
+    (folder / f".pytorch_model.bin.{dead.pid}.tmp").write_text("half")
+    (folder / f".metrics.json.{os.getppid()}.tmp").write_text("half")
+    run = new_run()
+    assert {path.name for path in folder.iterdir()} == {"hf", f".metrics.json.{os.getppid()}.tmp", run.timestamp_dir.name}
+
+
+def test_the_memory_of_a_stage_is_asked_of_the_device_of_the_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr("LLMPruner.run.reset_peak_memory", lambda device: asked.append(device))
+    monkeypatch.setattr("LLMPruner.run.peak_memory", lambda device: asked.append(device) or 2_000_000_000)
+    with new_run(device="cuda:1") as run, run.stage("load"):
+        pass
+    assert asked == ["cuda:1"] * 2 and run.stages[0]["peak_memory_gb"] == 2

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from LLMPruner.forward import LayerRunner
-from LLMPruner.source import find_model
 
 from LLMPruner.config import ExportConfig, PruneConfig
 from LLMPruner.export.writer import write_exports
-from LLMPruner.importance.allocation import allocate, build_plan, make_budget
+from LLMPruner.importance.allocation import allocate, keep_best_units
+from LLMPruner.importance.budget import make_budget
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, load_model
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import LoadedModel, load_model
+from LLMPruner.model.source import find_model
 from tests.export.test_hf import LLAMA3_ROPE, pruned
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,9 +43,9 @@ def smollm2(tmp_path_factory) -> Export:
     """SmolLM2-135M, 15% removed: KV groups and channels by magnitude, ranked over all layers, so that no two are alike."""
     loaded = load_model(find_model("embedded", "--model_path"), dtype="float32", device="cpu")
     config = PruneConfig(pruning_ratio=0.15, prune_mlp=True, importance="magnitude", pruning_strategy="global", repair="none")
-    runner, geometry = LayerRunner(loaded.model), loaded.plan.geometry
+    runner, geometry = LayerRunner.of(loaded.model), loaded.plan.geometry
     units = score_units(runner, geometry, "magnitude", windows=None, seed=0)
-    loaded.plan = build_plan(geometry, allocate(make_budget(geometry, config), None, config, units), units)
+    loaded.plan = keep_best_units(geometry, allocate(make_budget(geometry, config), None, config, units), units)
     assert len(set(zip(loaded.plan.kv_counts, loaded.plan.channel_counts, strict=True))) > 3
     apply_plan(runner, loaded.plan)
     return _exported(loaded, tmp_path_factory.mktemp("smollm2"))

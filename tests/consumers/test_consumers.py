@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from LLMPruner.forward import LayerRunner
-from LLMPruner.source import find_model
 
 from LLMPruner.export.gguf import write_gguf
-from LLMPruner.model import load_model
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import load_model
+from LLMPruner.model.source import find_model
 from tests.consumers.exports import export, python_of, reference, smollm2, tiny
 
 HERE = Path(__file__).parent
@@ -123,11 +123,11 @@ def test_lm_eval_agrees_with_our_own_accuracy(smollm2, tmp_path):
 
 def best_choice(loaded, query: str, choices: list[str]) -> int:
     """The choice of the highest likelihood after the query, by our own runner."""
-    runner, scores = LayerRunner(loaded.model), []
+    runner, scores = LayerRunner.of(loaded.model), []
     start = loaded.tokenizer(query).input_ids
     for choice in choices:
         ids = torch.tensor([loaded.tokenizer(f"{query} {choice}").input_ids])
-        whole = runner.losses(runner.layers(runner.embed(ids)), ids).item()
+        whole = runner.head.losses(runner.layers(runner.embed(ids)), ids).item()
         prefix = torch.tensor([start])
-        scores.append(whole - runner.losses(runner.layers(runner.embed(prefix)), prefix).item())
+        scores.append(whole - runner.head.losses(runner.layers(runner.embed(prefix)), prefix).item())
     return min(range(len(choices)), key=scores.__getitem__)

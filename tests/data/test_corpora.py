@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import make_text
 
-from LLMPruner.data import check_corpus, describe, load_text, load_windows
+from LLMPruner.data.corpora import check_corpus, describe, documents, load_text, reads_a_part
+from LLMPruner.data.windows import load_windows
 from LLMPruner.errors import UsageError
 
 ROWS = make_text(12, seed=7).split("\n")
@@ -36,17 +37,6 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.fixture
-def counting():
-    """A tokenizer of one token a character: window contents can be told from the text."""
-
-    class Characters:
-        def __call__(self, text, verbose=True):
-            return type("Encoding", (), {"input_ids": [ord(char) for char in text]})
-
-    return Characters()
-
-
 @pytest.mark.parametrize("column", ["text", "sentence"])
 def test_every_local_format_gives_the_same_windows(tmp_path, tokenizer, column):
     results = []
@@ -68,39 +58,6 @@ def test_empty_rows_are_dropped_and_the_rest_joined_by_blank_lines(tmp_path):
 def test_missing_rows_count_as_empty(tmp_path, suffix):
     write(tmp_path / "ptb", suffix, [None, "a", None, "b"], "sentence")
     assert load_text("ptb", "test", str(tmp_path)) == "a\n\nb"
-
-
-def test_windows_do_not_overlap_and_keep_the_order_of_the_text(tmp_path, counting):
-    write(tmp_path / "ptb", ".txt", ["abcdefghijk"])
-    windows = load_windows(counting, "ptb", "test", seq_len=3, data_dir=str(tmp_path))
-    assert ["".join(map(chr, row)) for row in windows] == ["abc", "def", "ghi"]
-    assert windows.dtype == torch.int64
-
-
-@pytest.mark.parametrize("samples", [2, 3, 7, 25])
-def test_samples_are_spread_evenly_from_the_first_window_to_the_last(tmp_path, counting, samples):
-    write(tmp_path / "ptb", ".txt", ["".join(chr(100 + index) for index in range(50))])
-    windows = load_windows(counting, "ptb", "test", seq_len=2, samples=samples, data_dir=str(tmp_path))
-    starts = [(int(row[0]) - 100) // 2 for row in windows]
-    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
-    assert len(starts) == samples and starts[0] == 0 and starts[-1] == 24 and max(gaps) - min(gaps) <= 1
-
-
-def test_a_seed_draws_the_same_distinct_windows_every_time(data_dir, tokenizer):
-    def draw(seed):
-        return load_windows(tokenizer, "wikitext2", "train", seq_len=16, samples=9, data_dir=str(data_dir), seed=seed)
-
-    everything = load_windows(tokenizer, "wikitext2", "train", seq_len=16, data_dir=str(data_dir))
-    evenly = load_windows(tokenizer, "wikitext2", "train", seq_len=16, samples=9, data_dir=str(data_dir))
-    assert torch.equal(draw(1), draw(1)) and len(draw(1)) == 9
-    assert not torch.equal(draw(1), draw(2)) and not torch.equal(draw(1), evenly)
-    assert {tuple(row.tolist()) for row in draw(1)} <= {tuple(row.tolist()) for row in everything}
-
-
-def test_more_samples_than_windows_give_all_of_them(data_dir, tokenizer, caplog):
-    everything = load_windows(tokenizer, "ptb", "test", seq_len=64, data_dir=str(data_dir))
-    asked = load_windows(tokenizer, "ptb", "test", seq_len=64, samples=10**6, data_dir=str(data_dir), seed=3)
-    assert torch.equal(asked, everything)
 
 
 def test_splits_are_kept_apart(data_dir):
@@ -185,3 +142,57 @@ def test_news_says_which_package_carries_it():
 def test_a_corpus_is_described_with_its_configuration():
     assert describe("wikitext2") == "wikitext2 (wikitext-2-raw-v1)"
     assert describe("ptb") == "ptb" and describe("my/file.txt") == "my/file.txt"
+
+
+def rows_of_the_hub(monkeypatch) -> list[tuple[tuple, dict]]:
+    """A hub whose tables have ten numbered rows, one of them empty and one missing; what it is asked."""
+    import datasets
+
+    asked = []
+    table = datasets.Dataset.from_dict({"text": ["0", "1", "", "3", None, "5", "6", "7", "8", "9"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or table)
+    return asked
+
+
+def test_splits_that_share_a_file_have_no_row_in_common(monkeypatch):
+    asked = rows_of_the_hub(monkeypatch)
+    validation, test, train = (load_text.__wrapped__("c4", split).split("\n\n") for split in ("validation", "test", "train"))
+    assert (validation, test) == (["0", "6", "8"], ["1", "3", "5", "7", "9"]) and len(train) == 8
+    files = [list(options["data_files"].items()) for _, options in asked]
+    assert files[0][0][1] == files[1][0][1] != files[2][0][1]
+    assert [(name, options["split"]) for ((name, _),), (_, options) in zip(files, asked, strict=True)] == [
+        (split, split) for split in ("validation", "test", "train")
+    ]
+
+
+def test_documents_are_all_rows_that_say_something_in_an_order_drawn_by_the_seed(monkeypatch):
+    rows_of_the_hub(monkeypatch)
+    one, same, other = (list(documents("c4", "train", None, seed=seed)) for seed in (1, 1, 2))
+    assert one == same != other and one != sorted(one)
+    assert sorted(one) == sorted(other) == load_text.__wrapped__("c4", "train").split("\n\n")
+
+
+def test_documents_are_read_one_at_a_time(monkeypatch):
+    import datasets
+
+    class Column(list):
+        def __getitem__(self, place):
+            read.append(place)
+            return super().__getitem__(place)
+
+    read = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": Column(map(str, range(1000)))})
+    first = next(documents("c4", "train", None, seed=0))
+    assert read == [int(first)]
+    check_corpus("c4", None, "train", 5)
+    assert len(read) < 10, "as many as hold a window"
+
+
+def test_documents_of_an_empty_corpus_are_refused(tmp_path):
+    write(tmp_path / "c4", ".txt", ["", "  "])
+    with pytest.raises(UsageError, match="corpus c4, split test, is empty"):
+        list(documents("c4", "test", str(tmp_path), seed=0))
+
+
+def test_only_a_corpus_of_documents_is_read_in_part(tmp_path):
+    assert reads_a_part("c4") and not any(reads_a_part(name) for name in ("wikitext2", "ptb", "news", str(tmp_path / "c4.txt")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
-from LLMPruner.forward import LayerRunner
 from torch.utils.flop_counter import FlopCounterMode
 
 from LLMPruner.config import EfficiencyConfig
@@ -20,7 +19,8 @@ from LLMPruner.evaluator.efficiency import (
     time_prefill,
 )
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import LoadedModel
 from LLMPruner.plan import LayerPlan, PruningPlan
 
 SMALL = EfficiencyConfig(prompt_tokens=16, decode_context=4, new_tokens=3, repeats=3)
@@ -30,7 +30,7 @@ def pruned(plan: PruningPlan | None = None, **changes) -> LoadedModel:
     """A tiny model pruned to a plan."""
     model = tiny_model(**changes)
     plan = plan or random_plan(geometry_of(model))
-    apply_plan(LayerRunner(model), plan)
+    apply_plan(LayerRunner.of(model), plan)
     return LoadedModel(model, None, plan, {})
 
 

@@ -9,8 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_model
-from LLMPruner.forward import LayerRunner
-from LLMPruner.source import find_model
 from safetensors.torch import load_file, save_file
 
 from LLMPruner.evaluator import health
@@ -28,7 +26,9 @@ from LLMPruner.evaluator.health import (
     with_forward,
 )
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, load_model, save_model
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import LoadedModel, load_model, save_model
+from LLMPruner.model.source import find_model
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
 
 
@@ -42,9 +42,9 @@ def pruned_plan(geometry: Geometry) -> PruningPlan:
 
 @pytest.fixture
 def source(trained_dir, tmp_path):
-    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32")
+    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
     plan = pruned_plan(loaded.plan.geometry)
-    apply_plan(LayerRunner(loaded.model), plan)
+    apply_plan(LayerRunner.of(loaded.model), plan)
     save_model(tmp_path / "m.bin", LoadedModel(loaded.model, loaded.tokenizer, plan, {"parameters": plan.total_params}))
     return find_model(str(tmp_path / "m.bin"), "--model_path")
 
@@ -77,7 +77,7 @@ def test_ordinary_values_and_zero_biases_are_no_errors():
 def test_expected_shapes_are_those_of_the_sliced_model(changes):
     model = tiny_model(**changes)
     plan = pruned_plan(Geometry.from_config(model.config.to_dict()))
-    apply_plan(LayerRunner(model), plan)
+    apply_plan(LayerRunner.of(model), plan)
     actual = {name: tuple(value.shape) for name, value in model.named_parameters()}  # a tied head is named once
     assert expected_shapes(plan) == actual
     assert sum(math.prod(shape) for shape in actual.values()) == plan.total_params
@@ -95,7 +95,8 @@ def test_a_pruned_model_is_healthy_and_its_layers_are_told(source):
     text = report_text(diagnosis).splitlines()
     assert text[0] == "HEALTHY" and f"{diagnosis.parameters:,}" in text[2]
     geometry = source.plan.geometry
-    share = (geometry.group_params + 63 * geometry.channel_params) / (geometry.attention_params + geometry.mlp_params)
+    kept = geometry.unit_params("attention") + 63 * geometry.unit_params("mlp")
+    share = kept / (geometry.sublayer_params("attention") + geometry.sublayer_params("mlp"))
     assert text[6].split() == ["1", "1", "of", "2", "4", "4:1", "63", "of", "96", f"{share:.1%}"]
 
 
@@ -153,7 +154,7 @@ def test_the_forward_test_passes_a_trained_model_and_tells_its_text(source):
 
 
 def test_loss_is_the_one_of_transformers(trained_dir):
-    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32")
+    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
     ids = torch.tensor([loaded.tokenizer(health.TEXT).input_ids[: 256 - health.NEW_TOKENS]])
     with torch.no_grad():
         ppl = loaded.model(input_ids=ids, labels=ids).loss.exp().item()
@@ -161,19 +162,19 @@ def test_loss_is_the_one_of_transformers(trained_dir):
 
 
 def test_a_model_worse_than_guessing_is_unhealthy(trained_dir):
-    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32")
+    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
     loaded.model.lm_head.weight.data *= -3
     assert any(finding.severity == "error" and "worse than guessing" in finding.message for finding in diagnose_forward(loaded))
 
 
 def test_logits_that_are_not_finite_are_unhealthy(trained_dir):
-    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32")
+    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
     loaded.model.lm_head.weight.data[5, 3] = math.inf
     assert [finding.severity for finding in diagnose_forward(loaded)] == ["error"]
 
 
 def test_a_cache_that_changes_the_text_is_unhealthy(trained_dir, monkeypatch):
-    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32")
+    loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
     attention = loaded.model.model.layers[0].self_attn
     forward = attention.forward
 

@@ -1,13 +1,14 @@
+"""The comparison table, to the character, and the results file."""
+
 from __future__ import annotations
 
 import json
 import math
 
 import pytest
-from LLMPruner.evaluator.report import Row, comparison_table, plot_plan, results_json, tables_of
 
 from LLMPruner.evaluator.ppl import Perplexity
-from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
+from LLMPruner.evaluator.table import Row, comparison_table, results_json, tables_of
 
 DOCUMENT = """\
 ================================================================================
@@ -72,14 +73,3 @@ def test_rows_come_in_order_and_json_holds_what_was_measured():
     result = results_json(measured, parameters, {"original": "a", "pruned": "b"}, seq_len=64)
     assert json.loads(json.dumps(result, allow_nan=False))["models"]["pruned"]["ppl"]["ptb"]["ppl"] == 9.0
     assert result["models"]["original"]["ppl"]["ptb"]["ppl"] is None and result["seq_len"] == 64
-
-
-@pytest.mark.parametrize("layers", [4, 80])
-def test_the_picture_is_a_png_that_replaces_the_old_one_whole(tmp_path, layers):
-    geometry = Geometry(100, 64, 96, layers, 8, 2, 8)
-    plan = PruningPlan(geometry, (LayerPlan((1,), tuple(range(40))),) * layers)
-    path = tmp_path / "plan.png"
-    path.write_text("old")
-    plot_plan(path, plan, [1.0 + index for index in range(layers)])
-    plot_plan(tmp_path / "none.png", plan, None)
-    assert path.read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from LLMPruner.forward import LayerRunner
-from LLMPruner.source import find_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
 import LLMPruner.export  # noqa: F401  registers the pruned class
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.health import diagnose_weights
 from LLMPruner.export.hf import _write_shards, write_hf, write_padded
-from LLMPruner.export.layout import filled, is_uniform, laid_out, stock
+from LLMPruner.export.layout import filled, is_uniform, stock
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, load_model, save_model
-from LLMPruner.plan import LayerPlan, PruningPlan
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import LoadedModel, load_model, save_model
+from LLMPruner.model.source import find_model
+from LLMPruner.plan import LayerPlan, PruningPlan, expected_shapes
 from tests.conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
 
 LLAMA3_ROPE = {
@@ -42,7 +43,7 @@ def pruned(tokenizer, plan=None, *, repair: str = "none", removed: bool = False,
         plan = plan.with_layer(1, LayerPlan((), plan.layers[1].channels)).with_layer(2, LayerPlan(plan.layers[2].kv_groups, ()))
     if repair == "bias":
         plan = replace(plan, output_bias=True)
-    apply_plan(LayerRunner(model), plan, repair=repair, windows=random_windows())
+    apply_plan(LayerRunner.of(model), plan, repair=repair, windows=random_windows())
     record = {"base_model": "tiny", "dense_parameters": plan.geometry.dense_params, "parameters": plan.total_params}
     return LoadedModel(model, tokenizer, plan, record | {"settings": {"repair": repair}})
 
@@ -185,12 +186,21 @@ def test_the_directory_is_complete_and_its_card_says_what_it_is(tokenizer, tmp_p
 
 
 def test_shards_and_their_index_hold_every_tensor(tokenizer, tmp_path):
-    loaded = pruned(tokenizer)
+    loaded = pruned(tokenizer, removed=True)
     layout = filled(loaded.plan)
     write_hf(tmp_path / "x", loaded, {})
+    whole = load_file(tmp_path / "x" / "model.safetensors")
     (tmp_path / "x" / "model.safetensors").unlink()
-    _write_shards(tmp_path / "x", laid_out(loaded, layout), layout, 4, limit=100_000)
-    assert len(list((tmp_path / "x").glob("model-*-of-*.safetensors"))) > 1
+    _write_shards(tmp_path / "x", loaded, layout, limit=100_000)
+    shards = {path.name: load_file(path) for path in (tmp_path / "x").glob("model-*-of-*.safetensors")}
+    assert len(shards) > 1 and not (tmp_path / "x" / "model.safetensors").exists()
+    index = json.loads((tmp_path / "x" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
+    assert index["metadata"]["total_size"] == 4 * layout.total_params
+    assert index["weight_map"].keys() == whole.keys() == expected_shapes(layout).keys()
+    assert all(shards[file][name].equal(whole[name]) for name, file in index["weight_map"].items())
+    for tensors in shards.values():  # a tensor that is larger alone has a shard of its own
+        assert len(tensors) == 1 or sum(4 * tensor.numel() for tensor in tensors.values()) <= 100_000
     assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "x")).equal(logits(loaded.model))
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from LLMPruner.source import find_model
 from transformers import AutoModelForCausalLM
 
 import diagnose_model
@@ -15,7 +14,8 @@ import evaluate_models
 import llama3_unbalanced_pruning_gqa_aware as pruning
 import test_finetuning as finetuning
 from LLMPruner.export.__main__ import main as export
-from LLMPruner.model import load_model, save_model
+from LLMPruner.model.load import load_model, save_model
+from LLMPruner.model.source import find_model
 from tests.conftest import half_pruned, random_windows
 
 QUICK = ["--dtype=float32"]
@@ -74,7 +74,7 @@ def test_fine_tuning_exports_what_it_trained(place, data_dir):
 
 def test_an_exported_directory_is_evaluated_diagnosed_and_fine_tuned(place, data_dir, capsys):
     assert export(["m.bin", "--format", "hf", "padded", "--output", "out", *QUICK]) == 0
-    data = [f"--data_dir={data_dir}", *QUICK]
+    data = [f"--data_dir={data_dir}", *QUICK, "--device=cpu"]
     models = ["--pruned_model=out/hf", "--original_model=m.bin", "--finetuned_model=out/padded"]
     sizes = ["--efficiency_prompt_tokens=16", "--efficiency_new_tokens=2", "--efficiency_repeats=1"]
     assert evaluate_models.main([*models, *data, "--eval_samples=4", "--save_results=r.json", "--efficiency", *sizes]) == 0

@@ -5,20 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_windows, tiny_model
-from LLMPruner.forward import LayerRunner
 from torch import nn
 from torch.nn import functional
 
 from LLMPruner.errors import RunError
-from LLMPruner.importance.allocation import build_plan
+from LLMPruner.families.llama import LLAMA
+from LLMPruner.families.slicing import output_columns
+from LLMPruner.importance.allocation import keep_best_units
 from LLMPruner.importance.criteria import CRITERIA, score_units
-from LLMPruner.methods.gqa_aware import query_columns
+from LLMPruner.model.forward import LayerRunner
 
 WINDOWS = random_windows(3, 8)
 
 
 def scored(model, importance: str, windows: torch.Tensor = WINDOWS, seed: int = 0, batch_tokens: int = 4096):
-    runner = LayerRunner(model, batch_tokens=batch_tokens)
+    runner = LayerRunner.of(model, batch_tokens=batch_tokens)
     return score_units(runner, geometry_of(model), importance, windows=windows, seed=seed)
 
 
@@ -69,12 +70,12 @@ def test_a_unit_without_output_weights_goes_first(changes, importance):
     geometry = geometry_of(model)
     layer = model.model.layers[2]
     with torch.no_grad():
-        layer.self_attn.o_proj.weight[:, query_columns([1], geometry)] = 0
+        layer.self_attn.o_proj.weight[:, output_columns(LLAMA.attention, [1], geometry)] = 0
         layer.mlp.down_proj.weight[:, 17] = 0
     scores = scored(model, importance)
     assert scores[2].kv_groups.argmin() == 1 and scores[2].channels.argmin() == 17
     kept = {(2, "attention"): geometry.num_kv_heads - 1, (2, "mlp"): geometry.intermediate_size - 1}
-    plan = build_plan(geometry, kept, scores)
+    plan = keep_best_units(geometry, kept, scores)
     assert 1 not in plan.layers[2].kv_groups and 17 not in plan.layers[2].channels
     assert plan.layers[1].kv_groups == tuple(range(geometry.num_kv_heads)), "what is not asked for stays whole"
 

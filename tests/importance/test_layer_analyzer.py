@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import each_architecture, random_windows, tiny_model
-from LLMPruner.forward import LayerRunner
 from torch import nn
 from torch.nn import functional
 
@@ -21,6 +20,7 @@ from LLMPruner.importance.layer_analyzer import (
     block_influence,
     removal,
 )
+from LLMPruner.model.forward import LayerRunner
 
 WINDOWS = random_windows(6, 16)
 SAVED = LayerImportance((0.5, -0.25, 1e-9, 3.0), "removal", 6, 16, "ptb", "train", 42, "abc")
@@ -47,7 +47,7 @@ def test_removal_with_a_cached_prefix_equals_running_the_model_without_the_layer
         model.model.layers[index] = Bypass()
         naive.append(mean_loss(model) - base)
         model.model.layers[index] = layer
-    assert removal(LayerRunner(model, batch_tokens=40), WINDOWS) == pytest.approx(naive, abs=1e-5)
+    assert removal(LayerRunner.of(model, batch_tokens=40), WINDOWS) == pytest.approx(naive, abs=1e-5)
     assert max(naive) - min(naive) > 1e-3, "scores must differ, or this test proves nothing"
 
 
@@ -55,7 +55,7 @@ def test_removal_costs_half_a_forward_a_layer():
     model, calls = tiny_model(), []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda *_: calls.append(1))
-    removal(LayerRunner(model), WINDOWS)
+    removal(LayerRunner.of(model), WINDOWS)
     layers = len(model.model.layers)
     assert len(calls) == layers * (layers - 1) // 2 + layers
 
@@ -65,7 +65,7 @@ def silent_layer() -> LayerRunner:
     model = tiny_model()
     for linear in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
         nn.init.zeros_(linear.weight)
-    return LayerRunner(model)
+    return LayerRunner.of(model)
 
 
 @pytest.mark.parametrize("method", sorted(LAYER_METHODS))
@@ -83,13 +83,13 @@ def test_block_influence_and_activation_are_their_definitions():
     for before, after in zip(states, states[1:], strict=False):
         cosine.append((1 - functional.cosine_similarity(before, after, dim=-1)).mean().item())
         change.append(((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item())
-    assert block_influence(LayerRunner(model), WINDOWS)[:3] == pytest.approx(cosine, abs=1e-5)
-    assert activation(LayerRunner(model), WINDOWS)[:3] == pytest.approx(change, rel=1e-4)
+    assert block_influence(LayerRunner.of(model), WINDOWS)[:3] == pytest.approx(cosine, abs=1e-5)
+    assert activation(LayerRunner.of(model), WINDOWS)[:3] == pytest.approx(change, rel=1e-4)
 
 
 def test_analysis_records_what_it_was_measured_on():
     record = {"corpus": "ptb", "split": "train", "seed": 7, "fingerprint": "f"}
-    found = analyze_layers(LayerRunner(tiny_model()), WINDOWS, "block_influence", **record)
+    found = analyze_layers(LayerRunner.of(tiny_model()), WINDOWS, "block_influence", **record)
     assert (found.method, found.samples, found.seq_len) == ("block_influence", 6, 16)
     assert found == replace(found, **record) and len(found.scores) == 4
 

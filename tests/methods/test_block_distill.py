@@ -8,16 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
-from LLMPruner.forward import LayerRunner
-from LLMPruner.methods.distill import _distances, distill
-from LLMPruner.source import find_model
 
-from LLMPruner.data import load_windows
+from LLMPruner.data.windows import load_windows
 from LLMPruner.evaluator.ppl import perplexity
-from LLMPruner.methods import apply
-from LLMPruner.methods import distill as distill_module
+from LLMPruner.methods import apply, block_distill
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import load_model
+from LLMPruner.methods.block_distill import _distances, distill_block
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import load_model
+from LLMPruner.model.source import find_model
 from LLMPruner.plan import LayerPlan, PruningPlan
 
 CALIBRATION = random_windows(20, 16, seed=1)
@@ -29,16 +28,21 @@ def halved(geometry) -> PruningPlan:
     return PruningPlan(geometry, (LayerPlan((1,), tuple(range(0, geometry.intermediate_size, 2))),) * geometry.num_layers)
 
 
+def layer_of(runner: LayerRunner, index: int) -> torch.nn.Module:
+    with runner.store.layer(index) as layer:
+        return layer
+
+
 def taught(dtype=torch.float32, trainable=True, layers=MIDDLE, **changes):
     """What distills `layers` of a model to what they gave before their weights were disturbed."""
     model = tiny_model(**changes).to(dtype).requires_grad_(trainable)
-    runner = LayerRunner(model)
+    runner = LayerRunner.of(model)
     inputs = runner.layers(runner.embed(CALIBRATION), 0, layers.start)
     targets = runner.layers(inputs, layers.start, layers.stop)
     torch.manual_seed(0)
     with torch.no_grad():
         for index in layers:
-            for weight in runner.decoder_layer(index).parameters():
+            for weight in layer_of(runner, index).parameters():
                 weight.add_(0.02 * torch.randn_like(weight))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     outputs = runner.layers(inputs, layers.start, layers.stop)
@@ -49,7 +53,7 @@ def distilled(runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0, lay
     held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
     held_out[held - 1 :: held] = True
     generator = torch.Generator().manual_seed(seed)
-    return distill(runner, layers, inputs, outputs, targets, held_out, epochs=epochs, generator=generator)
+    return distill_block(runner, layers, inputs, outputs, targets, held_out, epochs=epochs, generator=generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,7 +64,7 @@ def test_the_layers_come_closer_to_their_targets_on_windows_held_out(changes, dt
     distances = [(hidden - targets)[3::4].float().norm() for hidden in (found, outputs)]
     assert distances[0] < 0.8 * distances[1]
     assert torch.equal(found, runner.layers(inputs, 1, 3)), "what the weights give"
-    changed = {name for name, weight in runner.model.named_parameters() if not torch.equal(weight, before[name])}
+    changed = {name for name, weight in runner.store.model.named_parameters() if not torch.equal(weight, before[name])}
     assert changed and all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in changed)
 
 
@@ -71,10 +75,10 @@ def test_the_last_layers_come_closer_to_the_words_of_the_dense_model(changes, dt
     runner, before, inputs, outputs, targets = taught(dtype, layers=LAST, **changes)
     # Scaled targets say the same words, for the norm takes the scale away, while the hidden states' distance is large.
     found = distilled(runner, inputs, outputs, 3 * targets, epochs=8, layers=LAST)
-    divergences = [runner.divergence(hidden[3::4], targets[3::4]) for hidden in (found, outputs)]
+    divergences = [runner.head.divergence(hidden[3::4], targets[3::4]) for hidden in (found, outputs)]
     assert divergences[0] < 0.8 * divergences[1]
     assert (found - targets).float().norm() < (found - 3 * targets).float().norm(), "the scale is not learned"
-    changed = {name for name, weight in runner.model.named_parameters() if not torch.equal(weight, before[name])}
+    changed = {name for name, weight in runner.store.model.named_parameters() if not torch.equal(weight, before[name])}
     assert changed and all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in changed)
 
 
@@ -82,7 +86,7 @@ def test_the_last_layers_come_closer_to_the_words_of_the_dense_model(changes, dt
 def test_the_model_is_left_as_a_model(dtype, trainable):
     runner, _, *streams = taught(dtype, trainable)
     distilled(runner, *streams)
-    weights = list(runner.model.parameters())
+    weights = list(runner.store.model.parameters())
     assert {(weight.dtype, weight.requires_grad, weight.grad) for weight in weights} == {(dtype, trainable, None)}
 
 
@@ -94,7 +98,7 @@ def test_what_is_worse_on_windows_held_out_is_taken_back(dtype, layers, caplog):
     runner, before, inputs, outputs, targets = taught(dtype, layers=layers)
     targets[3::4] = outputs[3::4]
     assert distilled(runner, inputs, outputs, targets, layers=layers) is outputs
-    assert all(torch.equal(weight, before[name]) for name, weight in runner.model.named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in runner.store.model.named_parameters())
     assert "not kept" in caplog.text
 
 
@@ -103,7 +107,7 @@ def test_the_last_layers_are_judged_by_words_and_not_by_hidden_states(caplog):
     caplog.set_level(logging.INFO, "LLMPruner")
     runner, _, _, outputs, targets = taught(layers=LAST)
     better = [
-        distill_module._better(runner, layers, *pair, targets, torch.ones(CALIBRATION.shape, dtype=torch.bool))
+        block_distill._better(runner, layers, *pair, targets, torch.ones(CALIBRATION.shape, dtype=torch.bool))
         for layers in (LAST, MIDDLE)
         for pair in ((outputs, 9 * targets), (9 * targets, outputs))
     ]
@@ -117,7 +121,7 @@ def test_every_second_token_teaches_the_last_layers_its_words():
         if token is not None:
             targets[0, token] = -targets[0, token]
         distilled(runner, inputs, outputs, targets, layers=LAST)
-        weights.append(runner.decoder_layer(3).mlp.down_proj.weight)
+        weights.append(layer_of(runner, 3).mlp.down_proj.weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -129,7 +133,7 @@ def test_windows_held_out_teach_nothing(held, layers):
         runner, _, inputs, outputs, targets = taught(layers=layers)
         targets[held - 1 :: held] += change - 1
         distilled(runner, inputs, outputs, targets, held=held, layers=layers)
-        weights.append(runner.decoder_layer(2).mlp.down_proj.weight)
+        weights.append(layer_of(runner, 2).mlp.down_proj.weight)
     assert torch.equal(*weights)
 
 
@@ -141,9 +145,9 @@ def test_of_windows_held_out_in_part_only_the_rest_teaches():
         held_out[:, 12:] = True
         targets[held_out] *= change
         generator = torch.Generator().manual_seed(0)
-        distill(runner, range(1, 3), inputs, outputs, targets, held_out, epochs=4, generator=generator)
-        weights.append(runner.decoder_layer(2).mlp.down_proj.weight)
-    assert torch.equal(*weights) and not torch.equal(weights[0], taught()[0].decoder_layer(2).mlp.down_proj.weight)
+        distill_block(runner, range(1, 3), inputs, outputs, targets, held_out, epochs=4, generator=generator)
+        weights.append(layer_of(runner, 2).mlp.down_proj.weight)
+    assert torch.equal(*weights) and not torch.equal(weights[0], layer_of(taught()[0], 2).mlp.down_proj.weight)
 
 
 def test_every_pass_takes_the_windows_in_a_new_order_drawn_from_the_generator(monkeypatch):
@@ -170,7 +174,7 @@ def test_weights_learn_in_float32_while_the_arithmetic_stays_in_half_precision(m
     learning, seen, adam, step = [], [], torch.optim.Adam, LayerRunner.differentiable_layer
 
     def watched(self, index, hidden):
-        layer = self.decoder_layer(index)
+        layer = layer_of(self, index)
         handle = layer.mlp.down_proj.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
         output = step(self, index, hidden)
         handle.remove()
@@ -195,7 +199,7 @@ def test_layers_that_learned_nonsense_are_taken_back(caplog):
     runner, before, inputs, outputs, targets = taught()
     targets[0] = torch.nan  # a window that teaches
     assert distilled(runner, inputs, outputs, targets) is outputs
-    assert all(torch.equal(weight, before[name]) for name, weight in runner.model.named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in runner.store.model.named_parameters())
     assert "to nan, not kept" in caplog.text
 
 
@@ -204,26 +208,26 @@ def test_the_seed_reaches_the_order_of_the_windows():
     for seed in (1, 1, 2):
         model = tiny_model()
         plan = random_plan(geometry_of(model))
-        apply_plan(LayerRunner(model), plan, repair="bias", windows=CALIBRATION, distill_epochs=1, seed=seed)
+        apply_plan(LayerRunner.of(model), plan, repair="bias", windows=CALIBRATION, distill_epochs=1, seed=seed)
         found.append(model.model.layers[0].mlp.up_proj.weight)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_layers_before_the_first_few_that_lost_something_learn_nothing(monkeypatch):
     seen = []
-    monkeypatch.setattr(apply, "LAYERS", 2)
-    monkeypatch.setattr(apply, "distill", lambda runner, layers, *args, **options: seen.append(layers) or args[1])
+    monkeypatch.setattr(apply, "BLOCK", 2)
+    monkeypatch.setattr(apply, "distill_block", lambda runner, layers, *args, **options: seen.append(layers) or args[1])
     model = tiny_model()
     plan = PruningPlan.dense(geometry_of(model)).with_layer(2, LayerPlan((0,), (0, 1)))
-    apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
+    apply_plan(LayerRunner.of(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
     assert seen == [range(2, 4)]
 
 
 def test_a_block_without_any_sublayer_left_is_passed_by(monkeypatch):
-    monkeypatch.setattr(apply, "LAYERS", 1)
+    monkeypatch.setattr(apply, "BLOCK", 1)
     model = tiny_model()
     plan = PruningPlan.dense(geometry_of(model)).with_layer(0, LayerPlan((0,), (0, 1))).with_layer(3, LayerPlan((), ()))
-    apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
+    apply_plan(LayerRunner.of(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
     assert sum(weight.numel() for weight in model.parameters()) == plan.total_params
 
 
@@ -231,7 +235,7 @@ def test_a_block_without_any_sublayer_left_is_passed_by(monkeypatch):
 @each_architecture
 def test_every_layer_is_distilled_once_between_what_reaches_it_and_what_the_dense_model_gives(monkeypatch, changes, repair):
     """Two layers at a time: the streams given are those of the models, and the next layers are healed on the distilled ones."""
-    model, dense = tiny_model(**changes), LayerRunner(tiny_model(**changes))
+    model, dense = tiny_model(**changes), LayerRunner.of(tiny_model(**changes))
     plan, seen = replace(random_plan(geometry_of(model)), output_bias=repair == "bias"), []
 
     def watched(runner, layers, inputs, outputs, targets, *args, **options):
@@ -239,20 +243,20 @@ def test_every_layer_is_distilled_once_between_what_reaches_it_and_what_the_dens
         torch.testing.assert_close(inputs, runner.layers(runner.embed(CALIBRATION), 0, layers.start))
         torch.testing.assert_close(outputs, runner.layers(inputs, layers.start, layers.stop))
         seen.append(layers)
-        return distill(runner, layers, inputs, outputs, targets, *args, **options)
+        return distill_block(runner, layers, inputs, outputs, targets, *args, **options)
 
-    monkeypatch.setattr(apply, "LAYERS", 2)
-    monkeypatch.setattr(apply, "distill", watched)
-    apply_plan(LayerRunner(model), plan, repair=repair, windows=CALIBRATION, distill_epochs=1)
+    monkeypatch.setattr(apply, "BLOCK", 2)
+    monkeypatch.setattr(apply, "distill_block", watched)
+    apply_plan(LayerRunner.of(model), plan, repair=repair, windows=CALIBRATION, distill_epochs=1)
     assert seen == [range(0, 2), range(2, 4)]
     assert sum(weight.numel() for weight in model.parameters()) == plan.total_params
 
 
 def test_a_dense_plan_is_not_distilled(monkeypatch):
-    monkeypatch.setattr(apply, "distill", lambda *args, **options: pytest.fail("nothing to learn"))
+    monkeypatch.setattr(apply, "distill_block", lambda *args, **options: pytest.fail("nothing to learn"))
     model = tiny_model()
     plan = PruningPlan.dense(geometry_of(model))
-    apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
+    apply_plan(LayerRunner.of(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -261,13 +265,13 @@ def test_a_dense_plan_is_not_distilled(monkeypatch):
 def test_layers_without_sublayers_are_distilled(monkeypatch, caplog, removed, dtype, few):
     """Whatever they pass on: what stands where one was is as wide as the norm's weights, which learn in float32."""
     caplog.set_level(logging.INFO, "LLMPruner")
-    monkeypatch.setattr(apply, "LAYERS", few)
+    monkeypatch.setattr(apply, "BLOCK", few)
     model = tiny_model().to(dtype)
     attention, mlp = removed
     plan = (
         PruningPlan.dense(geometry_of(model)).with_layer(attention, LayerPlan((), (0, 1))).with_layer(mlp, LayerPlan((0,), ()))
     )
-    apply_plan(LayerRunner(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
+    apply_plan(LayerRunner.of(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
     assert "to 3 distilled: KL from dense" in caplog.text
     assert {weight.dtype for weight in model.parameters()} == {dtype}
 
@@ -276,12 +280,12 @@ def test_layers_without_sublayers_are_distilled(monkeypatch, caplog, removed, dt
 def test_the_shorter_block_comes_first(num_layers):
     blocks = list(apply._blocks(num_layers))
     assert [index for block in blocks for index in block] == list(range(num_layers))
-    assert all(len(block) == apply.LAYERS for block in blocks[1:]) and 0 < len(blocks[0]) <= apply.LAYERS
+    assert all(len(block) == apply.BLOCK for block in blocks[1:]) and 0 < len(blocks[0]) <= apply.BLOCK
 
 
 @pytest.mark.parametrize("few", [2, 5])
 def test_distillation_lowers_the_perplexity_of_a_repaired_model(monkeypatch, trained_dir, data_dir, tokenizer, few):
-    monkeypatch.setattr(apply, "LAYERS", few)
+    monkeypatch.setattr(apply, "BLOCK", few)
 
     def windows(split, samples):
         return load_windows(tokenizer, "wikitext2", split, seq_len=64, samples=samples, data_dir=str(data_dir))
@@ -290,6 +294,6 @@ def test_distillation_lowers_the_perplexity_of_a_repaired_model(monkeypatch, tra
     for epochs in (0, 4):
         model = load_model(source, dtype="float32", device="cpu").model
         options = {"repair": "least_squares", "windows": windows("train", 60), "distill_epochs": epochs}
-        apply_plan(LayerRunner(model), halved(source.geometry), **options)
+        apply_plan(LayerRunner.of(model), halved(source.geometry), **options)
         measured.append(perplexity(model, windows("test", 40)))
     assert measured[1] < 0.98 * measured[0], measured

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_windows, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-from LLMPruner.methods.gqa_aware import group_columns, group_scores, query_columns, select_units, slice_attention, slice_linear
+from LLMPruner.families.slicing import output_columns, unit_indices
+from LLMPruner.methods.gqa_aware import group_scores, select_units, slice_attention
 
 WINDOWS = random_windows()
 SCORES = st.lists(st.floats(-5, 5) | st.sampled_from([0.0, 1.0]), min_size=1, max_size=20)
@@ -23,9 +22,9 @@ def test_a_pruned_attention_equals_the_masked_dense_one(changes):
     for groups in ([1], [0, geometry.num_kv_heads - 1]):
         gone = [group for group in range(geometry.num_kv_heads) if group not in groups]
         index = len(groups)  # layers 1 and 2
-        slice_attention(pruned.model.layers[index].self_attn, groups, geometry)
+        slice_attention(pruned.model.layers[index], groups, geometry)
         if gone:
-            masked.model.layers[index].self_attn.o_proj.weight[:, query_columns(gone, geometry)] = 0
+            masked.model.layers[index].self_attn.o_proj.weight[:, output_columns(geometry.table.attention, gone, geometry)] = 0
     torch.testing.assert_close(pruned(WINDOWS).logits, masked(WINDOWS).logits)
     assert not torch.equal(masked(WINDOWS).logits, tiny_model(**changes)(WINDOWS).logits)
 
@@ -36,7 +35,7 @@ def test_the_ratio_of_query_to_kv_heads_holds(changes):
     geometry = geometry_of(model)
     attention = model.model.layers[0].self_attn
     for keep in range(geometry.num_kv_heads, 0, -1):
-        slice_attention(attention, list(range(keep)), geometry)
+        slice_attention(model.model.layers[0], list(range(keep)), geometry)
         assert attention.k_proj.out_features == attention.v_proj.out_features == keep * geometry.head_dim
         assert attention.q_proj.out_features == attention.o_proj.in_features == keep * geometry.q_per_kv * geometry.head_dim
         assert attention.num_key_value_groups == geometry.q_per_kv
@@ -44,32 +43,23 @@ def test_the_ratio_of_query_to_kv_heads_holds(changes):
 
 @each_architecture
 def test_a_group_owns_the_query_heads_that_read_its_kv_head(changes):
-    """Changing one KV head's values moves exactly the o_proj inputs that query_columns names."""
+    """Changing one KV head's values moves exactly the o_proj inputs that output_columns names."""
     model = tiny_model(**changes)
     geometry = geometry_of(model)
     attention, seen = model.model.layers[0].self_attn, []
     attention.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     with torch.no_grad():
         model(WINDOWS)
-        attention.v_proj.weight[group_columns([1], geometry.head_dim)] += 1
+        attention.v_proj.weight[unit_indices([1], geometry.head_dim)] += 1
         model(WINDOWS)
     moved = (seen[0] != seen[1]).flatten(0, -2).any(0).nonzero().flatten()
-    assert torch.equal(moved, query_columns([1], geometry))
-
-
-@given(st.integers(1, 6), st.integers(1, 5))
-def test_group_columns_of_all_groups_are_all_columns(groups, width):
-    assert torch.equal(group_columns(range(groups), width), torch.arange(groups * width))
-
-
-def test_group_columns_are_each_groups_neighbours():
-    assert group_columns([0, 2], 3).tolist() == [0, 1, 2, 6, 7, 8]
+    assert torch.equal(moved, output_columns(geometry.table.attention, [1], geometry))
 
 
 @given(st.integers(1, 5), st.integers(1, 5))
-def test_group_scores_sum_the_columns_that_group_columns_names(groups, width):
+def test_group_scores_sum_the_columns_that_unit_indices_names(groups, width):
     columns = torch.randn(groups * width, dtype=torch.float64)
-    expected = [columns[group_columns([group], width)].sum() for group in range(groups)]
+    expected = [columns[unit_indices([group], width)].sum() for group in range(groups)]
     torch.testing.assert_close(group_scores(columns, groups), torch.stack(expected))
 
 
@@ -81,20 +71,3 @@ def test_selection_keeps_the_highest_scores_in_ascending_order(scores, data):
     assert len(kept) == keep and list(kept) == sorted(set(kept))
     assert all(scores[unit] >= scores[other] for unit in kept for other in gone)
     assert all(unit < other for unit in kept for other in gone if scores[unit] == scores[other])
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_sliced_linear_owns_its_storage_and_keeps_dtype_and_grad_flag(bias):
-    linear = nn.Linear(6, 8, bias=bias).to(torch.bfloat16).requires_grad_(False)
-    rows, columns = torch.tensor([1, 4, 7]), torch.tensor([0, 5])
-    for choice in ({"rows": rows}, {"columns": columns}, {"rows": rows, "columns": columns}):
-        sliced = slice_linear(linear, **choice)
-        kept_rows, kept_columns = choice.get("rows", torch.arange(8)), choice.get("columns", torch.arange(6))
-        assert torch.equal(sliced.weight, linear.weight[kept_rows][:, kept_columns])
-        assert (sliced.out_features, sliced.in_features) == (len(kept_rows), len(kept_columns))
-        assert (sliced.bias is not None) == bias and not sliced.weight.requires_grad
-        if bias:
-            assert torch.equal(sliced.bias, linear.bias[kept_rows])
-        for tensor in sliced.parameters():
-            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-            assert tensor.dtype == torch.bfloat16

@@ -1,15 +1,15 @@
-"""The layer runner is the model: same hidden states, same losses, same gradients, whatever the batch and chunk sizes."""
+"""The layer runner is the model: same hidden states, same losses, same gradients, whatever the batch size."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCAB, each_architecture, geometry_of, random_plan, random_windows, tiny_model
-from LLMPruner.forward import LayerRunner
+from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
 from torch.nn import functional
 
-from LLMPruner import forward
+from LLMPruner.families.slicing import slice_sublayer
 from LLMPruner.methods.apply import apply_plan
+from LLMPruner.model.forward import LayerRunner
 
 WINDOWS = random_windows(5, 12)
 
@@ -42,7 +42,7 @@ def naive_gates(model, windows: torch.Tensor) -> list[tuple[torch.Tensor, torch.
 
 def gathered_gates(runner: LayerRunner, windows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     parts: dict[int, list] = {}
-    runner.gate_gradients(windows, lambda index, *gates: parts.setdefault(index, []).append(gates))
+    runner.gate_gradients(windows, lambda index, gates: parts.setdefault(index, []).append(gates))
     return [tuple(torch.cat(side) for side in zip(*parts[index], strict=True)) for index in range(runner.num_layers)]
 
 
@@ -50,7 +50,7 @@ def gathered_gates(runner: LayerRunner, windows: torch.Tensor) -> list[tuple[tor
 @pytest.mark.parametrize("pruned", [False, True], ids=["dense", "pruned"])
 def test_hidden_states_and_losses_equal_the_models(changes, pruned):
     model = tiny_model(**changes)
-    runner = LayerRunner(model)
+    runner = LayerRunner.of(model)
     if pruned:
         apply_plan(runner, random_plan(geometry_of(model)))
     hidden = runner.embed(WINDOWS)
@@ -60,19 +60,49 @@ def test_hidden_states_and_losses_equal_the_models(changes, pruned):
         hidden = runner.layer(index, hidden)
     hidden = runner.layer(runner.num_layers - 1, hidden)
     torch.testing.assert_close(model.model.norm(hidden), states[-1])
-    torch.testing.assert_close(runner.losses(hidden, WINDOWS), naive_losses(model, WINDOWS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(runner.head.losses(hidden, WINDOWS), naive_losses(model, WINDOWS), rtol=1e-5, atol=1e-5)
+
+
+def test_the_prefixes_are_the_hidden_states_before_every_layer_and_after_the_last():
+    runner = LayerRunner.of(tiny_model())
+    prefixes = runner.prefixes(WINDOWS)
+    assert len(prefixes) == runner.num_layers + 1 and torch.equal(prefixes[0], runner.embed(WINDOWS))
+    for index, (before, after) in enumerate(zip(prefixes, prefixes[1:], strict=False)):
+        assert torch.equal(after, runner.layer(index, before))
+
+
+@each_architecture
+def test_a_layer_is_its_sublayers_one_after_the_other_and_the_differentiable_one_is_the_same(changes):
+    runner = LayerRunner.of(tiny_model(**changes), batch_tokens=24)
+    before = runner.embed(WINDOWS)
+    hidden = before
+    for sublayer in runner.table.sublayers:
+        hidden = runner.sublayer(2, sublayer, hidden)
+    assert torch.equal(hidden, runner.layer(2, before))
+    torch.testing.assert_close(runner.differentiable_layer(2, before).detach(), hidden)
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_a_removed_sublayer_changes_nothing_and_has_nothing_to_observe(name):
+    model = tiny_model()
+    runner = LayerRunner.of(model)
+    sublayer, hidden = runner.table.sublayer(name), runner.embed(WINDOWS)
+    slice_sublayer(model.model.layers[1], sublayer, (), geometry_of(model))
+    assert runner.sublayer(1, sublayer, hidden, lambda _: pytest.fail("nothing goes through")) is hidden
 
 
 def test_an_eager_model_is_causal_too():
     model = tiny_model()
     expected = naive_losses(model, WINDOWS)
     model.set_attn_implementation("eager")
-    runner = LayerRunner(model)
-    torch.testing.assert_close(runner.losses(runner.layers(runner.embed(WINDOWS)), WINDOWS), expected, rtol=1e-5, atol=1e-5)
+    runner = LayerRunner.of(model)
+    torch.testing.assert_close(
+        runner.head.losses(runner.layers(runner.embed(WINDOWS)), WINDOWS), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_range_of_layers_is_those_layers():
-    runner = LayerRunner(tiny_model())
+    runner = LayerRunner.of(tiny_model())
     hidden = runner.embed(WINDOWS)
     halfway = runner.layers(hidden, 0, 2)
     assert torch.equal(halfway, runner.layer(1, runner.layer(0, hidden)))
@@ -83,50 +113,13 @@ def test_a_range_of_layers_is_those_layers():
 @pytest.mark.parametrize("batch_tokens", [1, 24, 36, 10**6])
 def test_the_batch_size_changes_nothing(batch_tokens):
     model = tiny_model()
-    whole, runner = LayerRunner(model), LayerRunner(model, batch_tokens=batch_tokens)
+    whole, runner = LayerRunner.of(model), LayerRunner.of(model, batch_tokens=batch_tokens)
     expected = whole.layers(whole.embed(WINDOWS))
     hidden = runner.layers(runner.embed(WINDOWS))
     torch.testing.assert_close(hidden, expected)
-    torch.testing.assert_close(runner.losses(hidden, WINDOWS), whole.losses(expected, WINDOWS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(runner.head.losses(hidden, WINDOWS), whole.head.losses(expected, WINDOWS), rtol=1e-5, atol=1e-5)
     for got, wanted in zip(gathered_gates(runner, WINDOWS), gathered_gates(whole, WINDOWS), strict=True):
         torch.testing.assert_close(got, wanted)
-
-
-def test_batches_cover_every_window_once_and_keep_to_the_size():
-    slices = list(LayerRunner(tiny_model(), batch_tokens=30).batches(7, 10))
-    assert [index for part in slices for index in range(7)[part]] == list(range(7))
-    assert all(part.stop - part.start <= 3 for part in slices)
-
-
-@pytest.mark.parametrize("rows", [1, 7])
-def test_chunking_the_logits_changes_neither_losses_nor_gradients(monkeypatch, rows):
-    model = tiny_model()
-    runner = LayerRunner(model)
-    hidden = runner.layers(runner.embed(WINDOWS))
-    losses, gates = runner.losses(hidden, WINDOWS), gathered_gates(runner, WINDOWS)
-    other = hidden.roll(1, 0)
-    divergence, slope = runner.divergence(other, hidden), runner.divergence_gradient(other[0], hidden[0])
-    seen = []
-    model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
-    monkeypatch.setattr(forward, "LOGIT_ELEMENTS_CPU", rows * VOCAB)
-    torch.testing.assert_close(runner.losses(hidden, WINDOWS), losses, rtol=1e-5, atol=1e-5)
-    assert runner.divergence(other, hidden) == pytest.approx(divergence, rel=1e-5)
-    torch.testing.assert_close(runner.divergence_gradient(other[0], hidden[0]), slope)
-    for got, wanted in zip(gathered_gates(runner, WINDOWS), gates, strict=True):
-        torch.testing.assert_close(got, wanted)
-    assert max(seen) == rows
-
-
-def test_the_gradient_of_the_divergence_is_that_of_autograd():
-    model = tiny_model()
-    runner = LayerRunner(model)
-    reference, hidden = runner.layers(runner.embed(WINDOWS)).flatten(0, 1).split(20)[:2]
-    leaf = hidden.clone().requires_grad_()
-    gradient = runner.divergence_gradient(hidden, reference)
-    assert all(weight.grad is None for weight in model.parameters()), "nor is the head's, which no pruning changes"
-    ours, theirs = (model.lm_head(model.model.norm(rows)).log_softmax(-1) for rows in (leaf, reference))
-    (theirs.exp() * (theirs - ours)).sum(-1).mean().backward()
-    torch.testing.assert_close(gradient, leaf.grad)
 
 
 @each_architecture
@@ -139,18 +132,34 @@ def test_observers_see_every_input_of_the_output_projection(changes):
     with torch.no_grad():
         model(WINDOWS)
     expected = {name: whole for name, (whole,) in expected.items()}
-    runner = LayerRunner(tiny_model(**changes), batch_tokens=24)
-    hidden = runner.attention(1, runner.layer(0, runner.embed(WINDOWS)), seen["attention"].append)
-    runner.mlp(1, hidden, seen["mlp"].append)
+    runner = LayerRunner.of(tiny_model(**changes), batch_tokens=24)
+    hidden = runner.layer(0, runner.embed(WINDOWS))
+    for sublayer in runner.table.sublayers:
+        hidden = runner.sublayer(1, sublayer, hidden, seen[sublayer.name].append)
     for name, batches in seen.items():
         assert len(batches) == 3
         torch.testing.assert_close(torch.cat(batches), expected[name])
 
 
 @each_architecture
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_what_is_observed_is_what_the_output_projection_took_and_gave(changes, name):
+    model = tiny_model(**changes)
+    runner = LayerRunner.of(model)
+    sublayer, batch = runner.table.sublayer(name), runner.embed(WINDOWS)
+    seen = runner.observed(1, sublayer, batch)
+    assert torch.equal(seen.after, runner.sublayer(1, sublayer, batch)) and not seen.after.requires_grad
+    projection = getattr(getattr(model.model.layers[1], sublayer.attribute), sublayer.output.name)
+    with torch.no_grad():
+        torch.testing.assert_close(seen.outputs, projection(seen.inputs))
+    torch.testing.assert_close(seen.after - batch, seen.outputs, rtol=1e-4, atol=1e-5)
+    assert seen.inputs.shape == (*WINDOWS.shape, projection.in_features)
+
+
+@each_architecture
 def test_gate_gradients_equal_a_plain_backward_pass(changes):
     expected = naive_gates(tiny_model(**changes), WINDOWS)
-    for got, wanted in zip(gathered_gates(LayerRunner(tiny_model(**changes)), WINDOWS), expected, strict=True):
+    for got, wanted in zip(gathered_gates(LayerRunner.of(tiny_model(**changes)), WINDOWS), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -162,25 +171,25 @@ def test_summed_over_tokens_a_gate_gradient_is_weight_times_gradient_of_its_colu
         [(linear.weight * linear.weight.grad).sum(0).detach() for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
         for layer in model.model.layers
     ]
-    for gates, wanted in zip(gathered_gates(LayerRunner(model), WINDOWS), products, strict=True):
+    for gates, wanted in zip(gathered_gates(LayerRunner.of(model), WINDOWS), products, strict=True):
         for gate, product in zip(gates, wanted, strict=True):
             torch.testing.assert_close(gate.sum((0, 1)), product, rtol=1e-3, atol=1e-5)
 
 
 def test_no_weight_gradient_is_formed_and_hooks_are_gone_afterwards():
     model = tiny_model()
-    gathered_gates(LayerRunner(model), WINDOWS)
+    gathered_gates(LayerRunner.of(model), WINDOWS)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_hooks_are_gone_after_an_observer_raised():
     model = tiny_model()
-    runner = LayerRunner(model)
+    runner = LayerRunner.of(model)
 
     def fail(_):
         raise KeyError("observer")
 
     with pytest.raises(KeyError):
-        runner.mlp(0, runner.embed(WINDOWS), fail)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+        runner.sublayer(0, runner.table.mlp, runner.embed(WINDOWS), fail)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, half_pruned, random_plan, random_windows, tiny_model
-from LLMPruner.forward import LayerRunner
-from LLMPruner.source import find_model
 
 from LLMPruner.config import FinetuneConfig, LoraConfig
-from LLMPruner.data import load_windows
+from LLMPruner.data.windows import load_windows
 from LLMPruner.errors import RunError
 from LLMPruner.evaluator.ppl import perplexity
+from LLMPruner.families.llama import LLAMA
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.model import LoadedModel, load_model, save_model
-from LLMPruner.run import Run
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import LoadedModel, load_model, save_model
+from LLMPruner.model.source import find_model
 from LLMPruner.trainer import finetuner
-from LLMPruner.trainer.finetuner import finetune, train_and_save, training_windows
+from LLMPruner.trainer.finetuner import finetune
 
 LORA = FinetuneConfig(lr=1e-2, samples=48, epochs=2, seq_len=32, batch_size=4, grad_accum=2, lora=LoraConfig(dropout=0.0))
 FULL = replace(LORA, method="full", lr=2e-3)
@@ -143,7 +141,7 @@ def test_a_new_adapter_replaces_an_old_one_whole(pruned, windows, tmp_path):
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained_dir, windows):
     results = []
     for seed in (3, 3, 4):
-        loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32")
+        loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
         finetune(loaded, SHORT, windows("train", 8), seed=seed)
         results.append(loaded.model.model.layers[0].self_attn.q_proj.weight)
     assert results[0].equal(results[1]) and not results[0].equal(results[2])
@@ -154,7 +152,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained_di
 def test_every_pruned_architecture_trains_and_reloads(changes, method, tokenizer, tmp_path):
     model = tiny_model(**changes)
     plan = random_plan(geometry_of(model))
-    apply_plan(LayerRunner(model), plan)
+    apply_plan(LayerRunner.of(model), plan)
     loaded = LoadedModel(model, tokenizer, plan, {})
     rows = random_windows(8, 16)
     before = perplexity(model, rows)
@@ -260,7 +258,7 @@ def test_every_setting_reaches_the_trainer_and_peft():
     assert (made.gradient_accumulation_steps, made.max_grad_norm, made.weight_decay) == (7, 0.5, 0.03)
     assert (made.seed, made.data_seed, made.warmup_steps) == (11, 11, 1)
     assert made.report_to == [] and made.save_strategy == "no" and made.logging_nan_inf_filter is False
-    with finetuner.adapters(tiny_model(), lora, 0) as adapted:
+    with finetuner.adapters(tiny_model(), LLAMA, lora, 0) as adapted:
         settings = adapted.peft_config["default"]
         assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (3, 7, 0.25)
 
@@ -299,49 +297,3 @@ def test_gradient_checkpointing_changes_no_result(trained_dir, windows, monkeypa
         assert not loaded.model.is_gradient_checkpointing and not loaded.model.model.embed_tokens._forward_hooks
         results.append(logits(loaded.model))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
-
-
-def test_training_reads_the_train_split_and_no_other(tokenizer, data_dir, tmp_path):
-    (tmp_path / "wikitext-2-raw").mkdir()
-    train = (data_dir / "wikitext-2-raw" / "train.txt").read_text()
-    (tmp_path / "wikitext-2-raw" / "train.txt").write_text(train)
-    rows = finetuner.training_windows(tokenizer, LORA, str(tmp_path), seed=1)
-    text = "\n\n".join(train.strip().split("\n"))
-    assert rows.shape == (48, 32) and rows.dtype == torch.int64
-    assert all(tokenizer.decode(row).strip() in text for row in rows)
-    assert not rows.equal(finetuner.training_windows(tokenizer, LORA, str(tmp_path), seed=2))
-
-
-def test_train_and_save_writes_the_model_and_how_it_came_about(pruned, data_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    windows = training_windows(pruned.tokenizer, SHORT, str(data_dir), 5)
-    with Run(Path("prune_log/exp"), "script.py", ["--flag"], seed=5) as run:
-        record = train_and_save(pruned, SHORT, windows, run, seed=5, save=True, base=run.dir / "pytorch_model.bin")
-    source = find_model("prune_log/exp/pytorch_model_finetuned.bin", "--model_path")
-    loaded = load_model(source, dtype="float32", device="cpu")
-    assert logits(loaded.model).equal(logits(pruned.model)) and loaded.plan == pruned.plan
-    finetuning = loaded.provenance["finetune"]
-    expected = {
-        "method": "lora",
-        "lr": 1e-2,
-        "samples": 8,
-        "windows": 8,
-        "epochs": 1,
-        "seq_len": 32,
-        "corpus": "wikitext2",
-        "split": "train",
-        "seed": 5,
-        "base_checkpoint": "prune_log/exp/pytorch_model.bin",
-    }
-    assert expected.items() <= finetuning.items() and finetuning["lora"]["r"] == 8
-    assert finetuning["versions"].keys() >= {"torch", "transformers", "peft"}
-    assert {"train", "save"} == {stage["stage"] for stage in run.stages} and json.dumps(record)
-    assert Path("prune_log/exp/adapter/adapter_config.json").is_file()
-
-
-def test_train_and_save_without_save_writes_no_model(pruned, data_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    windows = training_windows(pruned.tokenizer, SHORT, str(data_dir), 0)
-    with Run(Path("prune_log/exp"), "script.py", [], seed=0) as run:
-        train_and_save(pruned, SHORT, windows, run, seed=0, save=False, base=Path("dense"))
-    assert [path.name for path in Path("prune_log/exp").iterdir()] == [run.timestamp_dir.name]

@@ -1,4 +1,4 @@
-"""The search: exact dynamic programming, offspring within the budget, a database that leaves the model as it was."""
+"""The search: offspring within the budget, costs and fitness as defined, an end in time, and the model as it was."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import torch
 from conftest import each_architecture, geometry_of, random_windows, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from LLMPruner.checkpoint import write_json
-from LLMPruner.forward import LayerRunner
-from LLMPruner.importance.database import Database, _packed, _unpacked
-from LLMPruner.importance.knapsack import costs_between, knapsack
-from LLMPruner.importance.search_state import SearchState
 
 from LLMPruner.config import PruneConfig
-from LLMPruner.errors import RunError, UsageError
-from LLMPruner.importance import database as database_module
-from LLMPruner.importance import search as search_module
-from LLMPruner.importance.allocation import Sublayer, build_plan, level_limits, make_budget
+from LLMPruner.errors import RunError
+from LLMPruner.importance.allocation import keep_best_units
+from LLMPruner.importance.budget import Prunable, level_limits, make_budget
 from LLMPruner.importance.criteria import score_units
-from LLMPruner.importance.search import Fitness, measured_levels, search, shifted, shifted_levels
+from LLMPruner.importance.search import database as database_module
+from LLMPruner.importance.search import search as search_module
+from LLMPruner.importance.search.database import Database
+from LLMPruner.importance.search.knapsack import knapsack
+from LLMPruner.importance.search.search import Fitness, find_levels, measured_levels, prepare, shifted, shifted_levels
+from LLMPruner.importance.search.state import SearchState
 from LLMPruner.methods.apply import apply_plan
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.head import Head
 
 CALIBRATION = random_windows(12, 16, seed=1)
 HELD_OUT = random_windows(4, 16, seed=2)
@@ -41,30 +42,9 @@ def run(model, config: PruneConfig, state: SearchState | None = None, save=lambd
     budget = make_budget(geometry_of(model), config)
     state = SearchState() if state is None else state
     limits = level_limits(budget, config, None)
-    settings = {"limits": limits, "seed": 0, "state": state, "save": save, "deadline": deadline}
-    kept, units = search(LayerRunner(model), budget, config, CALIBRATION, HELD_OUT, **settings)
-    return budget, kept, units, state
-
-
-@given(st.integers(0, 10**6))
-def test_dynamic_programming_finds_the_cheapest_levels_there_are(seed):
-    rng = random.Random(seed)
-    sublayers = [Sublayer(i, "mlp", tuple(range(rng.randint(2, 4), 0, -1)), rng.choice((3, 5))) for i in range(4)]
-    costs = [sorted(rng.random() for _ in s.levels) for s in sublayers]
-    limits = [(rng.randint(0, 1), len(s.levels) - 1) for s in sublayers]
-    target = rng.randint(1, sum(s.removed(high) for s, (_, high) in zip(sublayers, limits, strict=True)))
-
-    def total(levels):
-        return sum(cost[level] for cost, level in zip(costs, levels, strict=True))
-
-    def removed(levels):
-        return sum(s.removed(level) for s, level in zip(sublayers, levels, strict=True))
-
-    every = itertools.product(*(range(low, high + 1) for low, high in limits))
-    best = min(total(levels) for levels in every if removed(levels) >= target)
-    found = knapsack(costs, sublayers, limits, target)
-    assert removed(found) >= target and total(found) == pytest.approx(best)
-    assert all(low <= level <= high for level, (low, high) in zip(found, limits, strict=True))
+    fitness = prepare(LayerRunner.of(model), budget, config, CALIBRATION, HELD_OUT, seed=0)
+    find_levels(fitness, budget, config, limits=limits, state=state, save=save, deadline=deadline)
+    return budget, budget.kept(state.levels), fitness.database.scores, state
 
 
 @given(st.integers(0, 10**6))
@@ -79,7 +59,8 @@ def test_offspring_meet_the_budget_within_their_limits_and_shifts(seed):
         state.shifts = [{level: rng.random() for level in shifted(*pair)} for pair in zip(state.levels, limits, strict=True)]
         levels = shifted_levels(state, 0.5, budget, width)
         removed = sum(s.removed(level) for s, level in zip(budget.sublayers, levels, strict=True))
-        assert budget.target <= removed < budget.target + 4 * budget.geometry.channel_params + budget.geometry.group_params
+        step = 4 * budget.geometry.unit_params("mlp") + budget.geometry.unit_params("attention")
+        assert budget.target <= removed < budget.target + step
         for level, before, known, (low, high) in zip(levels, state.levels, state.shifts, limits, strict=True):
             assert low <= level <= high
             assert abs(level - before) <= math.ceil(width * max((abs(other - before) for other in known), default=0))
@@ -88,7 +69,7 @@ def test_offspring_meet_the_budget_within_their_limits_and_shifts(seed):
 
 def test_offspring_take_from_where_it_costs_little_and_give_to_where_it_costs_much():
     """Two sublayers of equal units: one is cheap to shrink further, the other dear; what the clock left unmeasured stays."""
-    sublayers = [Sublayer(layer, "mlp", tuple(range(9, 0, -1)), 10) for layer in range(3)]
+    sublayers = [Prunable(layer, "mlp", tuple(range(9, 0, -1)), 10) for layer in range(3)]
     budget = SimpleNamespace(sublayers=sublayers, target=120)
     shifts = [{2: 0.9, 6: 1.1}, {2: 0.2, 6: 3.0}, {}]
     state = SearchState(levels=[4, 4, 4], shifts=shifts)
@@ -103,7 +84,7 @@ def test_offspring_take_from_where_it_costs_little_and_give_to_where_it_costs_mu
 @pytest.mark.parametrize("generation", [0, 1])
 @pytest.mark.parametrize("total, wins", [(0.9, True), (1.0, False), (1.1, False)])
 def test_an_offspring_wins_by_the_kl_on_all_windows_whatever_its_half_says(generation, total, wins):
-    sublayers = [Sublayer(layer, "mlp", tuple(range(9, 0, -1)), 10) for layer in range(2)]
+    sublayers = [Prunable(layer, "mlp", tuple(range(9, 0, -1)), 10) for layer in range(2)]
     halves, looked = (slice(0, 3), slice(3, None)), []
 
     def measure(levels, part=None):
@@ -124,7 +105,7 @@ def test_a_plan_that_just_meets_a_large_budget_may_stay():
     """Steps as a real model's: rounding them down to cells of its own would make the plan at hand seem to miss the target."""
     steps = {"attention": 294_912, "mlp": 110_592}
     sublayers = [
-        Sublayer(layer, kind, tuple(range(3 if kind == "attention" else 20, 0, -1)), steps[kind])
+        Prunable(layer, kind, tuple(range(3 if kind == "attention" else 20, 0, -1)), steps[kind])
         for layer in range(30)
         for kind in steps
     ]
@@ -149,8 +130,8 @@ def test_a_search_meets_the_budget_improves_and_leaves_the_model_as_it_was(chang
     model, before = tiny_model(**changes), tiny_model(**changes)
     history = []
     budget, kept, units, state = run(model, request(), save=lambda state: history.append(state.fitness))
-    plan = build_plan(budget.geometry, kept, units)
-    step = 4 * budget.geometry.channel_params
+    plan = keep_best_units(budget.geometry, kept, units)
+    step = 4 * budget.geometry.unit_params("mlp")
     assert budget.target <= plan.removed_params < budget.target + step
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     found = [value for value in history if value is not None]
@@ -163,7 +144,7 @@ def test_a_search_meets_the_budget_improves_and_leaves_the_model_as_it_was(chang
 def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_replaced():
     model = tiny_model()
     budget = make_budget(geometry_of(model), request(repair="none", importance="magnitude"))
-    database = Database(LayerRunner(model), budget.geometry, budget.sublayers, heals=False)
+    database = Database(LayerRunner.of(model), budget.geometry, budget.sublayers, heals=False)
     scores = score_units(database.runner, budget.geometry, "magnitude", windows=CALIBRATION, seed=0)
     for layer in scores:
         database.add_layer(layer, {"attention": torch.eye(64), "mlp": torch.eye(96)})
@@ -173,7 +154,7 @@ def test_the_cost_of_a_level_is_the_kl_of_the_model_with_that_sublayer_alone_rep
     cost = fitness.alone(which, len(budget.sublayers[which].levels) - 1, fitness.some)
     pruned = tiny_model()
     kept = {(1, "mlp"): budget.sublayers[which].levels[-1]}
-    apply_plan(LayerRunner(pruned), build_plan(budget.geometry, kept, scores))
+    apply_plan(LayerRunner.of(pruned), keep_best_units(budget.geometry, kept, scores))
     with torch.no_grad():
         some = held_out[:4]  # costs look at the first quarter, and at every fourth position of it
         dense, other = (m(some).logits[:, ::4].log_softmax(-1) for m in (model, pruned))
@@ -186,7 +167,7 @@ def test_a_fitness_is_the_kl_from_the_dense_model_whatever_plan_was_adopted_befo
     model = tiny_model()
     model.lm_head.weight.mul_(100)  # sharp distributions: the two directions of the KL differ
     budget = make_budget(geometry_of(model), request(repair="none", importance="magnitude"))
-    database = Database(LayerRunner(model), budget.geometry, budget.sublayers, heals=False)
+    database = Database(LayerRunner.of(model), budget.geometry, budget.sublayers, heals=False)
     for layer in score_units(database.runner, budget.geometry, "magnitude", windows=CALIBRATION, seed=0):
         database.add_layer(layer, {"attention": torch.eye(64), "mlp": torch.eye(96)})
     fitness, last = Fitness(database, HELD_OUT), [len(sublayer.levels) - 1 for sublayer in budget.sublayers]
@@ -199,64 +180,6 @@ def test_a_fitness_is_the_kl_from_the_dense_model_whatever_plan_was_adopted_befo
         assert fitness.measure(levels) == pytest.approx(expected, rel=1e-3)
         assert fitness.adopt(levels) == pytest.approx(expected, rel=1e-3)
         assert (other.exp() * (other - dense)).sum(-1).mean().item() != pytest.approx(expected, rel=1e-2)
-
-
-def test_the_healed_weights_of_the_database_are_those_of_the_repair_on_dense_activations():
-    """Half precision in the stored Gram matrix costs next to nothing."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(500, 64, generator=generator) * torch.logspace(-3, 3, 64)
-    gram = rows.T @ rows / 500
-    scale = gram.diagonal().sqrt()
-    error = (_unpacked(_packed(gram)) - gram) / scale / scale.unsqueeze(1)
-    assert error.abs().max() < 1e-3 and _packed(gram)[0].dtype == torch.float16
-
-
-MLPS = [Sublayer(layer, "mlp", (9, 5, 4, 0), 10) for layer in range(2)]
-
-
-def test_a_state_is_refused_for_another_search(tmp_path):
-    path = tmp_path / "search_state.json"
-    state = SearchState([{2: 1.0}, {}], [1, 0], 0.5, 3, 1, [{3: 0.7}, {}])
-    state.save(path, {"seed": 1})
-    assert SearchState.load(path, {"seed": 1}, MLPS) == state
-    with pytest.raises(UsageError, match="other settings"):
-        SearchState.load(path, {"seed": 2}, MLPS)
-    path.write_text("[]")
-    with pytest.raises(UsageError, match="other settings"):
-        SearchState.load(path, {"seed": 1}, MLPS)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"costs": [[0.0, 1.0]]},
-        {"costs": [{}]},
-        {"costs": [{4: 1.0}, {}]},
-        {"levels": [0, 0, 0]},
-        {"levels": [0, 4]},
-        {"levels": [-1, 0]},
-        {"levels": [0, 1.0]},
-        {"levels": [0, "1"]},
-        {"levels": 2},
-        {"levels": 0},
-        {"levels": [True, False]},
-        {"generation": 1},
-        {"generation": 1, "costs": [{}, {}]},
-        {"generation": "1", "levels": [0, 0]},
-        {"stale": None},
-        {"costs": [{"1": "x"}, {}]},
-        {"costs": [{"1": None}, {}]},
-        {"shifts": [{"1": 0.1}, {}]},
-        {"levels": [0, 0], "shifts": [{}, {}, {}]},
-        {"levels": [0, 0], "shifts": [{}, {7: 0.1}]},
-    ],
-    ids=str,
-)
-def test_a_damaged_state_is_one_sentence(tmp_path, damage):
-    path = tmp_path / "search_state.json"
-    write_json(path, {"key": {"seed": 1}} | damage)
-    with pytest.raises(UsageError, match="not a search state"):
-        SearchState.load(path, {"seed": 1}, MLPS)
 
 
 @pytest.fixture
@@ -332,7 +255,7 @@ def test_one_database_and_its_costs_serve_every_ratio():
         budget = make_budget(geometry_of(model), config)
         limits = level_limits(budget, config, None)
         if fitness is None:
-            database = Database(LayerRunner(model), budget.geometry, budget.sublayers)
+            database = Database(LayerRunner.of(model), budget.geometry, budget.sublayers)
             search_module.fill_database(database, config, CALIBRATION, 0)
             fitness = Fitness(database, HELD_OUT)
             search_module.measure_costs(fitness, limits, found, lambda _: None, math.inf)
@@ -348,10 +271,11 @@ def test_a_continued_search_obeys_limits_that_have_moved():
     budget = make_budget(geometry_of(MODEL), request())
     limits = level_limits(budget, request(), None)
     limits[which] = (0, 0)
-    settings = {"limits": limits, "seed": 0, "state": state, "save": lambda _: None, "deadline": math.inf}
-    kept, _ = search(LayerRunner(tiny_model()), budget, request(), CALIBRATION, HELD_OUT, **settings)
+    fitness = prepare(LayerRunner.of(tiny_model()), budget, request(), CALIBRATION, HELD_OUT, seed=0)
+    settings = {"limits": limits, "state": state, "save": lambda _: None, "deadline": math.inf}
+    find_levels(fitness, budget, request(), **settings)
     sublayer = budget.sublayers[which]
-    assert kept[sublayer.layer, sublayer.kind] == sublayer.levels[0]
+    assert budget.kept(state.levels)[sublayer.layer, sublayer.kind] == sublayer.levels[0]
 
 
 @pytest.mark.parametrize("repair, heals", [("least_squares", True), ("bias", False), ("none", False)])
@@ -369,12 +293,6 @@ def test_only_levels_within_the_limits_are_measured():
 
 
 def test_a_cost_that_is_not_finite_names_its_sublayer(monkeypatch):
-    monkeypatch.setattr(LayerRunner, "divergence", lambda *_: math.nan)
+    monkeypatch.setattr(Head, "divergence", lambda *_: math.nan)
     with pytest.raises(RunError, match="layer 0's attention is nan"):
         run(tiny_model(), request())
-
-
-def test_costs_are_straight_lines_between_the_known_and_never_fall_where_more_is_removed():
-    assert costs_between({0: 0, 2: 0.4, 4: 0.2, 6: 1.0}, 8) == pytest.approx([0, 0.2, 0.4, 0.4, 0.4, 0.7, 1.0, 1.0])
-    assert costs_between({2: 0.5, 4: 0.7}, 6) == pytest.approx([0.5, 0.5, 0.5, 0.6, 0.7, 0.7])
-    assert costs_between({0: 0.0}, 2) == [0, 0], "a frozen sublayer has no costs"

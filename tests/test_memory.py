@@ -1,0 +1,56 @@
+"""The high-water mark of memory: of the device that a run computes on, and of nobody else's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from LLMPruner.memory import peak_memory, process_peak_memory, reset_peak_memory
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, str]]:
+    """A machine with CUDA devices; what they are asked, in order. Each says that 7 bytes were held."""
+    calls: list[tuple[str, str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(("reset", device)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: calls.append(("peak", device)) or 7)
+    return calls
+
+
+@pytest.mark.parametrize(("device", "name"), [("auto", "cuda"), ("cuda", "cuda"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_the_device_that_computes_is_asked(asked, device, name):
+    reset_peak_memory(device)
+    assert peak_memory(device) == 7 and asked == [("reset", name), ("peak", name)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_another_device_means_the_process_also_beside_a_gpu(asked, device):
+    reset_peak_memory(device)
+    assert peak_memory(device) > 2**20 and not asked
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_without_a_gpu_or_torch_it_is_the_process(asked, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peak_memory(device) > 2**20
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delitem(sys.modules, "torch")
+    reset_peak_memory(device)
+    assert peak_memory(device) > 2**20 and not asked and "torch" not in sys.modules
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux starts the mark again")
+def test_a_reset_forgets_what_was_held_before():
+    def held(size: int) -> int:
+        reset_peak_memory("cpu")
+        block = bytearray(size)
+        block[::4096] = b"x" * len(block[::4096])
+        del block
+        return process_peak_memory()
+
+    little, much, again = held(1 << 20), held(256 << 20), held(1 << 20)
+    assert much - little > 200 << 20 and much - again > 200 << 20
