@@ -208,6 +208,9 @@ class PruneConfig:
     distill_epochs: int = setting(0, "passes of blockwise distillation on the repair's windows, if any")
     calibration_seq_len: int = setting(512, "tokens of a calibration window")
     calibration_dataset: str = setting("wikitext2", "corpus to calibrate on (its train split), or a local text file")
+    calibration_bos: str = setting(
+        "auto", "whether calibration windows begin with the BOS token; auto: where the tokenizer adds one"
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.pruning_ratio < 1:

@@ -15,7 +15,7 @@ from LLMPruner.data.windows import held_out_tokens
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import output_columns, output_projection, slice_sublayer
 from LLMPruner.methods.block_distill import BLOCK, distill_block
-from LLMPruner.methods.moments import Moments
+from LLMPruner.methods.moments import Moments, relative_to, token_scales
 from LLMPruner.methods.repair import REPAIRS, Evidence, Healed, Repair
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.hidden import fetch
@@ -129,9 +129,12 @@ def _evidence(
             if pruned is not dense:
                 now = fetch(pruned, part, runner.device)
                 seen, drift = runner.observed(index, sublayer, now), before.float() - now.float()
-            own = theirs.outputs.float() - bias
-            targets = torch.cat([own, own + drift], -1).flatten(0, 1) if method.solves else None  # (tokens, 2 * hidden)
-            inputs, out = seen.inputs.flatten(0, 1), held[part].flatten()
+            own, inputs, targets = theirs.outputs.float() - bias, seen.inputs, None
+            if method.solves:
+                scales = token_scales(before, fetch(pruned, part, runner.device), theirs.after)
+                inputs = relative_to(scales, inputs)
+                targets = relative_to(scales, torch.cat([own, own + drift], -1)).flatten(0, 1)  # (tokens, 2 * hidden)
+            inputs, out = inputs.flatten(0, 1), held[part].flatten()
             for moments, tokens in ((fit, ~out), (held_out, out)):
                 moments.add(inputs[tokens], targets=None if targets is None else targets[tokens])
         return Evidence(projection.weight.detach(), columns, fit, held_out), answer

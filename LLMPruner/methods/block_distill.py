@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from tqdm import tqdm
 
-from LLMPruner.model.device import float64
+from LLMPruner.model.device import deterministic, float64
 from LLMPruner.model.forward import LayerRunner
 
 logger = logging.getLogger("LLMPruner")
@@ -26,6 +26,7 @@ logger = logging.getLogger("LLMPruner")
 BLOCK = 5
 RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
 LAST_RATE = 3e-4  # of the last block
+FLOOR = 0.01  # relative squared distance below which a token is near enough
 STRIDE = 2  # of the last block, every so many tokens are compared: neighbours say much the same, and the head is what costs
 
 
@@ -52,7 +53,7 @@ def distill_block(
     Returns:
         What the layers now give, in place of `outputs`.
     """
-    with _float32(runner, layers) as weights:
+    with _float32(runner, layers) as weights, deterministic():
         _train(runner, layers, list(weights), inputs, targets, held_out, epochs, generator)
     distilled = runner.layers(inputs, layers.start, layers.stop)
     if _better(runner, layers, outputs, distilled, targets, held_out):
@@ -97,7 +98,7 @@ def _better(
     held_out: torch.Tensor,
 ) -> bool:
     """Whether `distilled` is nearer than `outputs` to `targets` on the tokens held out; not where it is NaN."""
-    distance, name = (_divergence, "KL from") if _last(runner, layers) else (_distance, "distance to")
+    distance, name = (_divergence, "KL from") if _last(runner, layers) else (_distance, "log distance to")
     before, after = (distance(runner, hidden, targets, held_out) for hidden in (outputs, distilled))
     verdict = "" if after < before else ", not kept"
     logger.info("layers %d to %d distilled: %s dense %.5f to %.5f%s", layers[0], layers[-1], name, before, after, verdict)
@@ -135,7 +136,7 @@ def _train(
                 hidden, wanted = hidden[::STRIDE], wanted[::STRIDE]
                 hidden.backward(runner.head.divergence_gradient(hidden, wanted))
             else:
-                _distances(hidden, wanted).mean().backward()
+                _log_distances(hidden, wanted).mean().backward()
         optimizer.step()
         schedule.step()
 
@@ -150,15 +151,18 @@ def _divergence(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor
     return runner.head.divergence(hidden.flatten(0, 1)[seen], targets.flatten(0, 1)[seen])
 
 
-def _distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Squared distance of each token to its target, relative to that: the next norm divides by its length."""
+def _log_distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Logarithm of each token's squared distance to its target, relative to that: the next norm divides by its length.
+
+    Of the logarithm, because a few tokens stay far from their targets whatever the weights are, and would outweigh the rest.
+    """
     targets = targets.float()
     scale = targets.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return (hidden.float() - targets).square().mean(-1) / scale
+    return (FLOOR + (hidden.float() - targets).square().mean(-1) / scale).log()
 
 
 def _distance(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
-    """Mean of `_distances` over the tokens held out, batch by batch."""
+    """Mean of `_log_distances` over the tokens held out, batch by batch."""
     batches = runner.batches(*held_out.shape)
-    total = sum(float64(_distances(hidden[batch], targets[batch])[held_out[batch]]).sum().item() for batch in batches)
+    total = sum(float64(_log_distances(hidden[batch], targets[batch])[held_out[batch]]).sum().item() for batch in batches)
     return total / held_out.sum().item()
