@@ -133,8 +133,8 @@ def apply(runner: LayerRunner, plan: PruningPlan, text: torch.Tensor | None, con
     """Slice the runner's model to `plan` and heal it on `text` `(n, seq_len)`, in place."""
     from LLMPruner.methods.apply import apply_plan
 
-    distillation = {"distill_epochs": config.distill_epochs, "seed": common.seed}
-    apply_plan(runner, plan, repair=config.repair, windows=text, **distillation)
+    distillation = {"distill_epochs": config.distill_epochs, "distill_model_epochs": config.distill_model_epochs}
+    apply_plan(runner, plan, repair=config.repair, windows=text, seed=common.seed, **distillation)
 
 
 def _load(job: PruneJob, run: Run, budget: Budget) -> tuple[LoadedModel, PruneWindows]:
