@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from LLMPruner import cli
-from LLMPruner.errors import DamagedError
+from LLMPruner.errors import DamagedError, UsageError
 from LLMPruner.files import check_output_file, write_json, write_text
 from LLMPruner.model.source import find_model
 
 if TYPE_CHECKING:
     from LLMPruner.evaluator.health import Diagnosis
+    from LLMPruner.plan import Geometry
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(__doc__)
     parser.add_argument("--model_path", required=True, help="a .bin of these scripts, a Hugging Face directory, or 'embedded'")
     parser.add_argument("--test_forward", action=cli.Switch, default=False, help="also run the model and generate a few tokens")
+    parser.add_argument("--original_model", help="the dense model: also look for tokens that pruning made far too long")
     parser.add_argument("--save_report", metavar="FILE", help="write the report too; as JSON where FILE ends in .json")
     cli.add_common_flags(parser)
     return parser
@@ -36,10 +38,20 @@ def diagnose(args: argparse.Namespace) -> Diagnosis:
         from LLMPruner.evaluator.health import unreadable
 
         return unreadable(args.model_path, error)
-    from LLMPruner.evaluator.health import diagnose_weights, with_forward
+    original = None if args.original_model is None else find_model(args.original_model, "--original_model")
+    if original is not None and comparable(original.geometry) != comparable(source.geometry):
+        raise UsageError(f"--original_model {args.original_model} is not the dense model of {source.path}: its sizes differ")
+    from LLMPruner.evaluator.health import diagnose_weights, with_forward, with_original
 
-    diagnosis = diagnose_weights(source)
-    return with_forward(diagnosis, source, dtype=settings.dtype, device=settings.device) if args.test_forward else diagnosis
+    diagnosis, where = diagnose_weights(source), {"dtype": settings.dtype, "device": settings.device}
+    if args.test_forward:
+        diagnosis = with_forward(diagnosis, source, **where)
+    return diagnosis if original is None else with_original(diagnosis, source, original, **where)
+
+
+def comparable(geometry: Geometry) -> tuple[int, ...]:
+    """The sizes that a model shares with what was pruned from it, whatever the format."""
+    return geometry.num_layers, geometry.hidden_size, geometry.vocab_size
 
 
 def recipe(argv: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ Nothing here imports torch: `--help` and wrong arguments answer at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
@@ -29,6 +30,9 @@ from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model.device import DTYPES
+
+# Without it cuBLAS is not deterministic under `model.device.deterministic`; read when torch first uses the GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,6 +95,7 @@ CHOICES: dict[str, Any] = {
     "pruning_strategy": STRATEGIES,
     "importance": CRITERIA,
     "repair": REPAIRS,
+    "calibration_bos": ("auto", "on", "off"),
 }
 
 

@@ -206,8 +206,12 @@ class PruneConfig:
     repair_samples: int | None = setting(None, "calibration windows for the repair; default: as for the unit scores")
     self_samples: int = setting(0, "windows that the dense model writes itself, added to those of the repair, if any")
     distill_epochs: int = setting(0, "passes of blockwise distillation on the repair's windows, if any")
+    distill_model_epochs: int = setting(0, "passes of distillation through the whole model after that, on the same windows")
     calibration_seq_len: int = setting(512, "tokens of a calibration window")
     calibration_dataset: str = setting("wikitext2", "corpus to calibrate on (its train split), or a local text file")
+    calibration_bos: str = setting(
+        "auto", "whether calibration windows begin with the BOS token; auto: where the tokenizer adds one"
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.pruning_ratio < 1:
@@ -217,7 +221,7 @@ class PruneConfig:
         for name in ("round_to", "repair_samples"):
             if getattr(self, name) is not None:
                 require_at_least("--" + name, getattr(self, name), 1)
-        for name in ("self_samples", "distill_epochs"):
+        for name in ("self_samples", "distill_epochs", "distill_model_epochs"):
             require_at_least("--" + name, getattr(self, name), 0)
         for name in ("layer_importance_samples", "channel_importance_samples"):
             require_at_least("--" + name, getattr(self, name), 1)

@@ -54,10 +54,10 @@ def prune_windows(
     """
 
     def calibration(seq_len: int, samples: int, split: str = "train") -> torch.Tensor:
-        corpus, seed, data_dir = config.calibration_dataset, common.seed, common.data_dir
-        return load_windows(tokenizer, corpus, split, seq_len=seq_len, samples=samples, data_dir=data_dir, seed=seed)
+        corpus, settings = config.calibration_dataset, {"data_dir": common.data_dir, "seed": common.seed, "bos": bos}
+        return load_windows(tokenizer, corpus, split, seq_len=seq_len, samples=samples, **settings)
 
-    held_out = None
+    held_out, bos = None, bos_token(tokenizer, config.calibration_bos)
     if config.pruning_strategy == "search":
         held_out = calibration(config.search_seq_len, config.search_windows[0], "validation")
     return PruneWindows(
@@ -68,6 +68,19 @@ def prune_windows(
         evaluation=evaluation_windows(tokenizer, evaluation, common.data_dir) if evaluation is not None else {},
         finetuning=training_windows(tokenizer, finetune, common) if finetune is not None else None,
     )
+
+
+def bos_token(tokenizer: Any, wanted: str) -> int | None:
+    """What every calibration window begins with: the BOS token, where the model is served with one. None: no such token.
+
+    `wanted` is on, off, or auto: where the tokenizer adds one by itself. Raises UsageError where it knows none.
+    """
+    token = tokenizer.bos_token_id
+    if wanted == "off" or (wanted == "auto" and (token is None or tokenizer("a").input_ids[:1] != [token])):
+        return None
+    if token is None:
+        raise UsageError("--calibration_bos on needs a tokenizer with a BOS token, and this one has none: use auto or off")
+    return token
 
 
 def evaluation_windows(
@@ -135,8 +148,9 @@ def load_windows(
     samples: int = 0,
     data_dir: str | None = None,
     seed: int | None = None,
+    bos: int | None = None,
 ) -> torch.Tensor:
-    """Non-overlapping windows of `seq_len` tokens, int64 `(n, seq_len)`, in the order of the text.
+    """Non-overlapping windows of `seq_len` tokens, int64 `(n, seq_len)`, in the order of the text; each begins with `bos`.
 
     `samples` windows are taken (0: all): spread evenly over the split, or drawn at random where `seed` is given. Raises
     UsageError when the split is shorter than one window. Of a corpus that is read in part they come from a random part of its
@@ -145,6 +159,8 @@ def load_windows(
     import torch
 
     ids = _stream(tokenizer, name, split, seq_len, samples, data_dir, seed)
+    if bos is not None:
+        ids, seq_len = ids[1:] if ids[0] == bos else ids, seq_len - 1
     count = len(ids) // seq_len
     if count < 1:
         raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")
@@ -161,7 +177,9 @@ def load_windows(
         logger.warning(
             "corpus %s, split %s, has %d windows of %d, fewer than the %d asked for", name, split, count, seq_len, samples
         )
-    logger.info("data: %s %s: %d of %d windows of %d tokens", name, split, len(windows), count, seq_len)
+    if bos is not None:
+        windows = torch.cat([torch.full((len(windows), 1), bos), windows], 1)
+    logger.info("data: %s %s: %d of %d windows of %d tokens", name, split, len(windows), count, windows.shape[1])
     return windows
 
 

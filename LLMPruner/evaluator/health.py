@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from LLMPruner.errors import RunError
+from LLMPruner.evaluator.massive import RATIO, largest_ratios, stream_lengths
 from LLMPruner.families.family import Projection, Sublayer
 from LLMPruner.model.checkpoint import load_checkpoint
 from LLMPruner.model.device import resolve_device
@@ -57,6 +58,7 @@ class Diagnosis:
     plan: PruningPlan | None
     layers: tuple[LayerShape, ...]
     findings: tuple[Finding, ...]
+    stream_ratios: tuple[float, ...] = ()  # per layer, how many times as long as in the dense model a token's stream is at most
 
     @property
     def healthy(self) -> bool:
@@ -71,6 +73,7 @@ class Diagnosis:
             "parameters": self.parameters,
             "dense_parameters": None if self.plan is None else self.plan.geometry.dense_params,
             "layers": [asdict(layer) for layer in self.layers],
+            "stream_ratios": list(self.stream_ratios),
             "findings": [asdict(finding) for finding in self.findings],
         }
 
@@ -187,6 +190,34 @@ def with_forward(diagnosis: Diagnosis, source: ModelSource, *, dtype: str = "aut
     return replace(diagnosis, findings=(*diagnosis.findings, *found))
 
 
+def with_original(
+    diagnosis: Diagnosis, source: ModelSource, original: ModelSource, *, dtype: str = "auto", device: str = "auto"
+) -> Diagnosis:
+    """The diagnosis with false massive activations added: both models on a short text, one after the other."""
+    if not diagnosis.healthy:
+        return diagnosis
+    dense, ids = _stream_lengths(original, None, dtype, device)
+    ours, _ = _stream_lengths(source, ids, dtype, device)
+    ratios = tuple(largest_ratios(ours, dense))
+    worst = max(range(len(ratios)), key=lambda index: ratios[index])
+    severity, verdict = "info", "none is false"
+    if ratios[worst] >= RATIO:
+        severity, verdict = "warning", "false massive activations: prune with --repair least_squares, or remove less"
+    told = f"layer {worst}: a token's residual stream is {ratios[worst]:.1f} times as long as in {original.path} ({verdict})"
+    finding = Finding(severity, "massive activations", told)
+    return replace(diagnosis, findings=(*diagnosis.findings, finding), stream_ratios=ratios)
+
+
+def _stream_lengths(
+    source: ModelSource, ids: torch.Tensor | None, dtype: str, device: str
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Lengths of the residual stream by layer and token, and the token ids `(1, tokens)`: those of a short text where None."""
+    loaded = load_model(source, dtype=dtype, device=device)
+    if ids is None:
+        ids = torch.tensor([loaded.tokenizer(TEXT).input_ids[: source.geometry.max_positions]])
+    return stream_lengths(loaded.runner, ids), ids
+
+
 @torch.no_grad()
 def diagnose_forward(loaded: LoadedModel) -> list[Finding]:
     """Run the model on a short text: finite, better than guessing, and the same with the KV cache as without."""
@@ -226,15 +257,26 @@ def report_text(diagnosis: Diagnosis) -> str:
 def _layer_lines(diagnosis: Diagnosis, geometry: Geometry) -> list[str]:
     share = diagnosis.parameters / geometry.dense_params
     lines = [f"parameters: {diagnosis.parameters:,} ({share:.1%} of {geometry.dense_params:,})", ""]
-    lines.append(f"{'layer':>5}  {'KV groups':>9}  {'query heads':>11}  {'Q:KV':>6}  {'channels':>14}  {'kept':>6}")
+    head = f"{'layer':>5}  {'KV groups':>9}  {'query heads':>11}  {'Q:KV':>6}  {'channels':>14}  {'kept':>6}"
+    lines.append(head + _last_column(diagnosis, None))
     for index, layer in enumerate(diagnosis.layers):
         kept = {"attention": layer.kv_heads, "mlp": layer.channels}
         params = sum(count * geometry.unit_params(sublayer) for sublayer, count in kept.items())
         share = params / sum(geometry.sublayer_params(sublayer) for sublayer in kept)
         ratio = f"{layer.query_heads / layer.kv_heads:.3g}:1" if layer.kv_heads else "-"
         groups, channels = f"{layer.kv_heads:g} of {geometry.num_kv_heads}", f"{layer.channels} of {geometry.intermediate_size}"
-        lines.append(f"{index:>5}  {groups:>9}  {layer.query_heads:>11g}  {ratio:>6}  {channels:>14}  {share:>6.1%}")
+        lines.append(
+            f"{index:>5}  {groups:>9}  {layer.query_heads:>11g}  {ratio:>6}  {channels:>14}  {share:>6.1%}"
+            + _last_column(diagnosis, index)
+        )
     return lines
+
+
+def _last_column(diagnosis: Diagnosis, index: int | None) -> str:
+    """The ratio of the longest token where it was measured; its title for None."""
+    if not diagnosis.stream_ratios:
+        return ""
+    return f"  {'longest token':>13}" if index is None else f"  {diagnosis.stream_ratios[index]:>12.2f}x"
 
 
 def _generate(model: torch.nn.Module, prompt: torch.Tensor, *, use_cache: bool) -> torch.Tensor:

@@ -194,8 +194,30 @@ def _moments(runner: LayerRunner, windows: torch.Tensor, *, gram: bool) -> Itera
     for index in range(runner.num_layers):
         attention, mlp = gathered = Moments(gram=gram), Moments(gram=gram)
         for sublayer, moments in zip(runner.table.sublayers, gathered, strict=True):
-            hidden = runner.sublayer(index, sublayer, hidden, moments.add)
+            hidden = _add_moments(runner, index, sublayer, hidden, moments, weighted=gram)
         yield attention, mlp
+
+
+def _add_moments(
+    runner: LayerRunner, index: int, sublayer: Sublayer, hidden: torch.Tensor, moments: Moments, *, weighted: bool
+) -> torch.Tensor:
+    """Add a sublayer's inputs on `hidden`, `weighted` by the size of the token as the repair's are; returns what comes after.
+
+    Only second moments, which are solved with, are weighted: means and mean squares are those of the published criteria.
+    """
+    import torch
+
+    from LLMPruner.methods.moments import relative_to, token_scales
+    from LLMPruner.model.hidden import fetch
+
+    after = torch.empty_like(hidden)
+    for part in runner.batches(*hidden.shape[:2]):
+        before = fetch(hidden, part, runner.device)
+        seen = runner.observed(index, sublayer, before)
+        inputs = relative_to(token_scales(before, seen.after), seen.inputs) if weighted else seen.inputs
+        moments.add(inputs.flatten(0, 1))
+        after[part] = seen.after
+    return after
 
 
 def gate_statistics(runner: LayerRunner, geometry: Geometry, windows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -15,7 +15,7 @@ from LLMPruner.data.windows import held_out_tokens
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import output_columns, output_projection, slice_sublayer
 from LLMPruner.methods.block_distill import BLOCK, distill_block
-from LLMPruner.methods.moments import Moments
+from LLMPruner.methods.moments import Moments, relative_to, token_scales
 from LLMPruner.methods.repair import REPAIRS, Evidence, Healed, Repair
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.hidden import fetch
@@ -40,6 +40,7 @@ def apply_plan(
     repair: str = "none",
     windows: torch.Tensor | None = None,
     distill_epochs: int = 0,
+    distill_model_epochs: int = 0,
     seed: int = 0,
 ) -> None:
     """Slice the runner's model to `plan`, in place; with a repair, `windows` `(n, seq_len)` are the calibration tokens.
@@ -47,7 +48,8 @@ def apply_plan(
     Layers are walked in order on pruned activations: what a layer is healed on is what reaches it in the pruned model. The
     dense stream runs beside it, through each layer before that is sliced, and says what the layer should have answered.
     With `distill_epochs`, every few healed layers are then distilled together, on windows in an order drawn by `seed`: from
-    the first few that lost something on, whole layers among them learn too.
+    the first few that lost something on, whole layers among them learn too. With `distill_model_epochs`, output projections and
+    norms of all layers then learn the dense model's next-token distributions together.
     """
     method, sublayers = REPAIRS[repair], plan.geometry.table.sublayers
     if method is None:
@@ -55,7 +57,8 @@ def apply_plan(
             _slice(runner, sublayer, index, plan)
         return
     streams, held_out = _streams(runner, windows), held_out_tokens(*windows.shape).to(runner.device)
-    options = {"epochs": distill_epochs, "generator": torch.Generator().manual_seed(seed)}
+    generator = torch.Generator().manual_seed(seed)
+    options = {"epochs": distill_epochs, "generator": generator}
     with tqdm(total=runner.num_layers, desc="apply", disable=None, leave=False) as progress:
         for layers in _blocks(runner.num_layers):
             learns = distill_epochs and any(plan.layers[index].kept(part.name) for index in layers for part in sublayers)
@@ -66,6 +69,12 @@ def apply_plan(
                 progress.update()
             if learns and streams.pruned is not streams.dense:
                 streams.pruned = distill_block(runner, layers, entering, streams.pruned, streams.dense, held_out, **options)
+    if distill_model_epochs and streams.pruned is not streams.dense:
+        whole, options = (
+            range(runner.num_layers),
+            {"epochs": distill_model_epochs, "generator": generator, "outputs_only": True},
+        )
+        distill_block(runner, whole, runner.embed(windows), streams.pruned, streams.dense, held_out, **options)
 
 
 def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
@@ -129,9 +138,12 @@ def _evidence(
             if pruned is not dense:
                 now = fetch(pruned, part, runner.device)
                 seen, drift = runner.observed(index, sublayer, now), before.float() - now.float()
-            own = theirs.outputs.float() - bias
-            targets = torch.cat([own, own + drift], -1).flatten(0, 1) if method.solves else None  # (tokens, 2 * hidden)
-            inputs, out = seen.inputs.flatten(0, 1), held[part].flatten()
+            own, inputs, targets = theirs.outputs.float() - bias, seen.inputs, None
+            if method.solves:
+                scales = token_scales(before, fetch(pruned, part, runner.device), theirs.after)
+                inputs = relative_to(scales, inputs)
+                targets = relative_to(scales, torch.cat([own, own + drift], -1)).flatten(0, 1)  # (tokens, 2 * hidden)
+            inputs, out = inputs.flatten(0, 1), held[part].flatten()
             for moments, tokens in ((fit, ~out), (held_out, out)):
                 moments.add(inputs[tokens], targets=None if targets is None else targets[tokens])
         return Evidence(projection.weight.detach(), columns, fit, held_out), answer

@@ -16,7 +16,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from tqdm import tqdm
 
-from LLMPruner.model.device import float64
+from LLMPruner.families.slicing import is_removed, output_projection
+from LLMPruner.model.device import deterministic, float64
 from LLMPruner.model.forward import LayerRunner
 
 logger = logging.getLogger("LLMPruner")
@@ -26,6 +27,7 @@ logger = logging.getLogger("LLMPruner")
 BLOCK = 5
 RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
 LAST_RATE = 3e-4  # of the last block
+FLOOR = 0.01  # relative squared distance below which a token is near enough
 STRIDE = 2  # of the last block, every so many tokens are compared: neighbours say much the same, and the head is what costs
 
 
@@ -39,6 +41,7 @@ def distill_block(
     *,
     epochs: int,
     generator: torch.Generator,
+    outputs_only: bool = False,
 ) -> torch.Tensor:
     """Train `layers`, in place, on the tokens that are not held out; keep the result where it is better on those that are.
 
@@ -49,10 +52,11 @@ def distill_block(
         targets: those of the dense model after them. Of the model's last layers the distance is KL(dense || model).
         held_out: bool `(n, seq_len)`.
         epochs: passes over the windows, one window a step, in an order drawn from `generator`.
+        outputs_only: only output projections and norms learn: a third of the memory, nearly all of the gain.
     Returns:
         What the layers now give, in place of `outputs`.
     """
-    with _float32(runner, layers) as weights:
+    with _float32(runner, layers, outputs_only=outputs_only) as weights, deterministic():
         _train(runner, layers, list(weights), inputs, targets, held_out, epochs, generator)
     distilled = runner.layers(inputs, layers.start, layers.stop)
     if _better(runner, layers, outputs, distilled, targets, held_out):
@@ -63,14 +67,17 @@ def distill_block(
 
 
 @contextmanager
-def _float32(runner: LayerRunner, layers: range) -> Iterator[dict[torch.nn.Parameter, torch.Tensor]]:
+def _float32(
+    runner: LayerRunner, layers: range, *, outputs_only: bool = False
+) -> Iterator[dict[torch.nn.Parameter, torch.Tensor]]:
     """The layers' weights, trainable and in float32 as long as the context is open, with the values they had before.
 
     Afterwards what was learned is in the model's dtype; after an exception the weights are what they were.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(runner.store.layer(index)) for index in layers]
-        before = {weight: (weight.data, weight.requires_grad) for layer in opened for weight in layer.parameters()}
+        learning = (weight for layer in opened for weight in _learning(runner, layer, outputs_only=outputs_only))
+        before = {weight: (weight.data, weight.requires_grad) for weight in learning}
         try:
             for weight in before:
                 weight.data = weight.data.to(torch.float32, copy=True)
@@ -88,6 +95,18 @@ def _float32(runner: LayerRunner, layers: range) -> Iterator[dict[torch.nn.Param
                 weight.requires_grad_(trainable)
 
 
+def _learning(runner: LayerRunner, layer: torch.nn.Module, *, outputs_only: bool) -> Iterator[torch.nn.Parameter]:
+    """The parameters of a decoder layer that learn."""
+    if not outputs_only:
+        yield from layer.parameters()
+        return
+    for sublayer in runner.table.sublayers:
+        if not is_removed(getattr(layer, sublayer.attribute)):
+            yield from output_projection(layer, sublayer).parameters()
+            for norm in (sublayer.norm, *sublayer.wraps):
+                yield from getattr(layer, norm).parameters()
+
+
 def _better(
     runner: LayerRunner,
     layers: range,
@@ -97,7 +116,7 @@ def _better(
     held_out: torch.Tensor,
 ) -> bool:
     """Whether `distilled` is nearer than `outputs` to `targets` on the tokens held out; not where it is NaN."""
-    distance, name = (_divergence, "KL from") if _last(runner, layers) else (_distance, "distance to")
+    distance, name = (_divergence, "KL from") if _last(runner, layers) else (_distance, "log distance to")
     before, after = (distance(runner, hidden, targets, held_out) for hidden in (outputs, distilled))
     verdict = "" if after < before else ", not kept"
     logger.info("layers %d to %d distilled: %s dense %.5f to %.5f%s", layers[0], layers[-1], name, before, after, verdict)
@@ -135,7 +154,7 @@ def _train(
                 hidden, wanted = hidden[::STRIDE], wanted[::STRIDE]
                 hidden.backward(runner.head.divergence_gradient(hidden, wanted))
             else:
-                _distances(hidden, wanted).mean().backward()
+                _log_distances(hidden, wanted).mean().backward()
         optimizer.step()
         schedule.step()
 
@@ -150,15 +169,18 @@ def _divergence(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor
     return runner.head.divergence(hidden.flatten(0, 1)[seen], targets.flatten(0, 1)[seen])
 
 
-def _distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Squared distance of each token to its target, relative to that: the next norm divides by its length."""
+def _log_distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Logarithm of each token's squared distance to its target, relative to that: the next norm divides by its length.
+
+    Of the logarithm, because a few tokens stay far from their targets whatever the weights are, and would outweigh the rest.
+    """
     targets = targets.float()
     scale = targets.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return (hidden.float() - targets).square().mean(-1) / scale
+    return (FLOOR + (hidden.float() - targets).square().mean(-1) / scale).log()
 
 
 def _distance(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
-    """Mean of `_distances` over the tokens held out, batch by batch."""
+    """Mean of `_log_distances` over the tokens held out, batch by batch."""
     batches = runner.batches(*held_out.shape)
-    total = sum(float64(_distances(hidden[batch], targets[batch])[held_out[batch]]).sum().item() for batch in batches)
+    total = sum(float64(_log_distances(hidden[batch], targets[batch])[held_out[batch]]).sum().item() for batch in batches)
     return total / held_out.sum().item()

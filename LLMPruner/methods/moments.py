@@ -83,6 +83,25 @@ class Moments:
         return total / self.count
 
 
+def token_scales(*streams: torch.Tensor) -> torch.Tensor:
+    """By what each token's inputs and targets are divided, float32 `(n, seq_len, 1)`, so that it counts relative to its size.
+
+    The next norm divides by the length of the residual stream, so an error matters relative to that length. A pruned model
+    makes false massive activations: single tokens whose stream is 50 times as long as it should be. Unweighted, they would
+    hold half of the squared error, and least squares would serve them alone. Hence the largest root mean square that the token
+    has in any of `streams` `(n, seq_len, hidden)`, rounded to a power of two: bfloat16 values divided by it stay exact.
+    """
+    import torch
+
+    squares = torch.stack([stream.float().square().mean(-1, keepdim=True) for stream in streams]).amax(0)
+    return torch.exp2((squares.clamp_min(torch.finfo(torch.float32).tiny).log2() / 2).round())
+
+
+def relative_to(scales: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values` `(n, seq_len, width)` divided by the tokens' scales, in their own dtype."""
+    return (values / scales).to(values.dtype)
+
+
 def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
     return term if total is None else total.add_(term)
 

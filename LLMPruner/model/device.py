@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from LLMPruner.errors import UsageError
@@ -50,6 +52,22 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def float64(tensor: torch.Tensor) -> torch.Tensor:
     """The values in float64; on the CPU where their own device has no such numbers (Apple's GPUs)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Only kernels that give the same sums every time: attention's backward on CUDA adds in whatever order threads finish.
+
+    cuBLAS needs a workspace of its own for it, whose size `cli.py` sets before torch is imported.
+    """
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

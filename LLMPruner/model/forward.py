@@ -16,6 +16,7 @@ from torch import nn
 
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import is_removed, output_projection
+from LLMPruner.model.device import deterministic
 from LLMPruner.model.head import Head
 from LLMPruner.model.hidden import BATCH_TOKENS, batches, mapped
 from LLMPruner.model.store import ResidentStore
@@ -133,7 +134,7 @@ class LayerRunner:
 
     def _gates(self, index: int, inputs: torch.Tensor, gradient: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """The gates' gradients of one layer, and that of its inputs, from the one of its outputs."""
-        with self.store.layer(index) as layer, torch.enable_grad():
+        with self.store.layer(index) as layer, torch.enable_grad(), deterministic():
             attention, mlp = (output_projection(layer, sublayer) for sublayer in self.table.sublayers)
             with _capture(attention) as heads, _capture(mlp) as channels:
                 output = self.differentiable_layer(index, inputs)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from LLMPruner.model.device import float64
+from LLMPruner.model.device import deterministic, float64
 from LLMPruner.model.hidden import BATCH_TOKENS, batches, fetch
 from LLMPruner.model.store import ResidentStore
 
@@ -82,6 +82,6 @@ def _gradient(chunks: Chunks, loss: Callable[[torch.Tensor, torch.Tensor], torch
     gradients = []
     for rows, wanted in chunks:
         rows = rows.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), deterministic():
             gradients.append(torch.autograd.grad(loss(rows, wanted), rows)[0])
     return torch.cat(gradients)

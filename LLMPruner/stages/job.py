@@ -186,7 +186,7 @@ def check_export_places(export: ExportConfig, folder: Path, source: Path) -> Non
 
 def search_key(job: PruneJob) -> dict[str, Any]:
     """What a search's result depends on: an interrupted one is continued only under the same."""
-    repair = ("repair_samples", "self_samples", "distill_epochs")
+    repair = ("repair_samples", "self_samples", "distill_epochs", "distill_model_epochs")
     free = ("resume", "search_minutes", "search_generations", "layer_importance_file", *repair)
     settings = {name: value for name, value in asdict(job.prune).items() if name not in free}
     return {"format": STATE_FORMAT, "model": job.source.fingerprint(), **asdict(job.common), **settings}

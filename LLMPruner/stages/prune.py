@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from LLMPruner.config import PLAN_FILE, CommonConfig, PruneConfig
-from LLMPruner.data.windows import PruneWindows, interleaved, mixed
+from LLMPruner.data.windows import PruneWindows, bos_token, interleaved, mixed
 from LLMPruner.files import write_text
 from LLMPruner.importance.allocation import allocate, keep_best_units
 from LLMPruner.importance.budget import Budget, adds_bias, level_limits
@@ -107,7 +107,8 @@ def write_repair_text(loaded: LoadedModel, config: PruneConfig, common: CommonCo
     from LLMPruner.data.self_text import write_windows
 
     count, seq_len = config.self_samples, config.calibration_seq_len
-    return write_windows(loaded.model, loaded.tokenizer, samples=count, seq_len=seq_len, seed=common.seed)
+    bos = bos_token(loaded.tokenizer, config.calibration_bos)
+    return write_windows(loaded.model, loaded.tokenizer, samples=count, seq_len=seq_len, seed=common.seed, bos=bos)
 
 
 def repair_text(corpus: torch.Tensor, written: torch.Tensor, common: CommonConfig) -> torch.Tensor:
@@ -123,7 +124,8 @@ def search_text(loaded: LoadedModel, held_out: torch.Tensor, config: PruneConfig
     from LLMPruner.data.self_text import write_windows
 
     seed = common.seed + 1  # not what the repair is fitted on
-    written = write_windows(loaded.model, loaded.tokenizer, samples=count, seq_len=held_out.shape[1], seed=seed)
+    settings = {"seq_len": held_out.shape[1], "bos": bos_token(loaded.tokenizer, config.calibration_bos)}
+    written = write_windows(loaded.model, loaded.tokenizer, samples=count, seed=seed, **settings)
     return interleaved(held_out, written, seed=common.seed)
 
 
@@ -131,8 +133,8 @@ def apply(runner: LayerRunner, plan: PruningPlan, text: torch.Tensor | None, con
     """Slice the runner's model to `plan` and heal it on `text` `(n, seq_len)`, in place."""
     from LLMPruner.methods.apply import apply_plan
 
-    distillation = {"distill_epochs": config.distill_epochs, "seed": common.seed}
-    apply_plan(runner, plan, repair=config.repair, windows=text, **distillation)
+    distillation = {"distill_epochs": config.distill_epochs, "distill_model_epochs": config.distill_model_epochs}
+    apply_plan(runner, plan, repair=config.repair, windows=text, seed=common.seed, **distillation)
 
 
 def _load(job: PruneJob, run: Run, budget: Budget) -> tuple[LoadedModel, PruneWindows]:
