@@ -114,7 +114,7 @@ class Bench:
 
     def row(self, name: str, ratio: float, corpus: str) -> dict[str, Any]:
         """One method at one ratio, calibrated on one corpus: the stages of the pruning script, one after the other."""
-        job = PruneJob(self.source, prune_config(name, ratio, corpus), self.common)
+        job = PruneJob(self.source, prune_config(name, ratio, corpus), self.common).sized()
         windows, costs = job.windows(self.dense.tokenizer), []
 
         def charged(made: tuple[Any, float, float]) -> Any:

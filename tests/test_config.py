@@ -43,6 +43,7 @@ WRONG = [
     (PruneConfig, "repair_samples", [0], "--repair_samples"),
     (PruneConfig, "self_samples", [-1], "--self_samples"),
     (PruneConfig, "distill_epochs", [-1], "--distill_epochs"),
+    (PruneConfig, "distill_model_epochs", [-1], "--distill_model_epochs"),
     (CommonConfig, "seed", [-1, 2**32], "--seed"),
     (EfficiencyConfig, "prompt_tokens", [0], "--efficiency_prompt_tokens"),
     (EfficiencyConfig, "new_tokens", [0], "--efficiency_new_tokens"),
@@ -177,3 +178,12 @@ def test_the_searchs_windows_fit_the_model_and_make_up_its_tokens(tokens, longes
     cut, written = config.search_windows
     assert config.search_seq_len <= min(512, longest) and 0 <= cut - written <= 1
     assert tokens - config.search_seq_len < (cut + written) * config.search_seq_len <= tokens
+
+
+def test_the_searchs_tokens_follow_the_device_unless_they_are_given():
+    cpu, gpu = (PruneConfig().sized(device).search_tokens for device in ("cpu", "cuda"))
+    assert gpu == 4 * cpu and PruneConfig(search_tokens=100).sized("cuda").search_tokens == 100
+    assert PruneConfig(repair="none").sized("cpu") == PruneConfig(repair="none", search_tokens=cpu), "nothing else changes"
+    assert (
+        PruneConfig().search_seq_len == PruneConfig().sized("cpu").search_seq_len == PruneConfig().sized("cuda").search_seq_len
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LayerImportance
 from LLMPruner.importance.search.state import STATE_FORMAT, SearchState
 from LLMPruner.methods.repair import REPAIRS
+from LLMPruner.model.device import resolve_device
 from LLMPruner.model.size import checkpoint_bytes, export_bytes
 from LLMPruner.model.source import ModelSource, check_seq_len
 
@@ -85,6 +86,10 @@ class PruneJob:
         """Whether a second checkpoint is written."""
         return self.save and self.finetune is not None
 
+    def sized(self) -> PruneJob:
+        """The job with the settings that depend on its device."""
+        return replace(self, prune=self.prune.sized(resolve_device(self.common.device).type))
+
     def windows(self, tokenizer: Any) -> PruneWindows:
         """The token windows of every stage."""
         return prune_windows(
@@ -135,7 +140,7 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
             )
     budget = make_budget(geometry, config)
     if config.resume:
-        SearchState.load(folder / SEARCH_FILE, search_key(job), budget.sublayers)
+        SearchState.load(folder / SEARCH_FILE, search_key(job.sized()), budget.sublayers)
     importance = None
     if config.layer_importance_file is not None:
         file = Path(config.layer_importance_file)

@@ -40,6 +40,7 @@ logger = logging.getLogger("LLMPruner")
 
 def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance | None = None) -> LoadedModel:
     """Run all stages of `job` into the folder of `run`; returns the pruned (and fine-tuned) model."""
+    job = job.sized()
     loaded, windows = _load(job, run, budget)
     results: dict[str, list[Perplexity]] = {}
     if job.test_original and not job.dry_run:

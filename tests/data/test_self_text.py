@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCAB, random_windows
+from conftest import VOCAB, geometry_of, random_windows, tiny_model
 from transformers import AddedToken, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
-from LLMPruner.data.self_text import write_windows
+from LLMPruner.data.self_text import _BufferedLayer, write_windows
 from LLMPruner.evaluator.ppl import perplexity
+from LLMPruner.methods.apply import apply_plan
+from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import find_model
+from LLMPruner.plan import LayerPlan, PruningPlan
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +100,26 @@ def test_more_windows_than_one_batch(trained, monkeypatch):
 def test_the_text_is_the_models_own(trained):
     own, foreign = (perplexity(trained.model, windows) for windows in (write(trained), random_windows(6, 24)))
     assert own < VOCAB / 3 < foreign
+
+
+def test_a_bos_token_begins_every_window_where_it_is_given(trained):
+    written = write(trained, bos=0)
+    assert written.shape == (6, 24) and not written[:, 0].any() and len(written[:, 1].unique()) > 1
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_the_cache_in_buffers_of_its_final_size_gives_the_same_text_as_one_that_grows(trained, monkeypatch, removed):
+    model = tiny_model()
+    if removed:  # a layer without attention has no entry
+        plan = PruningPlan.dense(geometry_of(model)).with_layer(1, LayerPlan((), (0, 1)))
+        apply_plan(LayerRunner.of(model), plan)
+    options = {"samples": 6, "seq_len": 24, "seed": 1}
+    written, updated, update = [], [], _BufferedLayer.update
+    monkeypatch.setattr(
+        _BufferedLayer, "update", lambda self, *args, **kwargs: updated.append(1) or update(self, *args, **kwargs)
+    )
+    written.append(write_windows(model, trained.tokenizer, **options))
+    assert len(updated) == 23 * (4 - removed), "of every token but the last, in every layer with attention"
+    monkeypatch.setattr("LLMPruner.data.self_text.partial", lambda *_: DynamicLayer)
+    written.append(write_windows(model, trained.tokenizer, **options))
+    assert torch.equal(*written) and len(updated) == 23 * (4 - removed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from LLMPruner.config import CommonConfig, EvalConfig, FinetuneConfig, PruneConfig
 from LLMPruner.data.windows import (
     PruneWindows,
+    bos_token,
     evaluation_windows,
     held_out_tokens,
     interleaved,
@@ -27,14 +29,19 @@ from LLMPruner.errors import UsageError
 
 
 class Characters:
-    """A tokenizer of one token a character, so that windows can be told from the text; it remembers what it read."""
+    """A tokenizer of one token a character, so that windows can be told from the text; it remembers what it read.
 
-    def __init__(self, shift: int = 0) -> None:
-        self.shift, self.read = shift, []
+    `bos` is its BOS token, which it `adds` to what it reads or not.
+    """
+
+    def __init__(self, shift: int = 0, bos: str | None = None, adds: bool = False) -> None:
+        self.shift, self.read, self.bos, self.adds = shift, [], bos, adds
+        self.bos_token_id = None if bos is None else ord(bos)
 
     def __call__(self, text, verbose=True, add_special_tokens=True):
         self.read.append(text)
-        return type("Encoding", (), {"input_ids": [ord(char) + self.shift for char in text]})
+        first = [self.bos_token_id] if self.adds and add_special_tokens else []
+        return type("Encoding", (), {"input_ids": first + [ord(char) + self.shift for char in text]})
 
 
 def write(folder, corpus: str, split: str, *rows: str) -> None:
@@ -112,6 +119,38 @@ def test_a_split_is_read_once_for_all_its_windows(tmp_path):
         load_windows(reader, "ptb", "test", seq_len=seq_len, data_dir=str(tmp_path))
     assert reader.read == ["abcdefghijk"]
     assert token_ids(reader, "ptb", "test", str(tmp_path)).tolist() == [ord(char) for char in "abcdefghijk"]
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_every_window_begins_with_the_bos_token_once_where_it_is_asked_for(tmp_path, adds):
+    write(tmp_path, "ptb", "test", "abcdefghijk")
+    reader, place = Characters(bos="<", adds=adds), {"data_dir": str(tmp_path)}
+    assert words(load_windows(reader, "ptb", "test", seq_len=4, bos=ord("<"), **place)) == ["<abc", "<def", "<ghi"]
+    drawn = words(load_windows(reader, "ptb", "test", seq_len=4, samples=2, seed=0, bos=ord("<"), **place))
+    assert len(drawn) == 2 and set(drawn) < {"<abc", "<def", "<ghi"}
+    plain = words(load_windows(reader, "ptb", "test", seq_len=4, **place))
+    assert plain == (["<abc", "defg", "hijk"] if adds else ["abcd", "efgh"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "bos", "adds", "expected"),
+    [
+        ("auto", "<", True, "<"),
+        ("auto", "<", False, None),
+        ("auto", None, False, None),
+        ("on", "<", False, "<"),
+        ("on", "<", True, "<"),
+        ("off", "<", True, None),
+        ("off", None, False, None),
+    ],
+)
+def test_calibration_windows_begin_as_the_model_is_served_unless_told_otherwise(wanted, bos, adds, expected):
+    assert bos_token(Characters(bos=bos, adds=adds), wanted) == (expected and ord(expected))
+
+
+def test_a_bos_token_that_the_tokenizer_does_not_know_is_refused():
+    with pytest.raises(UsageError, match="--calibration_bos on needs a tokenizer with a BOS token"):
+        bos_token(Characters(), "on")
 
 
 def c4(tmp_path, reader: Characters, **options) -> list[str]:
@@ -207,6 +246,16 @@ def test_every_stage_of_a_run_reads_its_own_split_and_its_own_size(splits):
         "ptb": ["p" * 9] * 2,
     }
     assert len(windows.all()) == 7 and all(rows is not None for rows in windows.all())
+
+
+def test_calibration_begins_with_the_bos_token_and_what_is_reported_does_not(splits):
+    """A window of the report or of fine-tuning is a piece of text like any other."""
+    evaluation, finetune = EvalConfig(("ptb",), seq_len=9, samples=2), FinetuneConfig(samples=8, seq_len=10)
+    options = {"analyzes": True, "calibrates": True, "evaluation": evaluation, "finetune": finetune}
+    windows = prune_windows(Characters(bos="<"), replace(PRUNE, calibration_bos="on"), CommonConfig(data_dir=splits), **options)
+    assert words(windows.layers) == ["<tttt"] * 3 and words(windows.held_out) == ["<vvvvvv"] * 2
+    assert words(windows.calibration) == ["<tttttt"] * 4 and words(windows.repair) == ["<tttttt"] * 6
+    assert words(windows.finetuning) == ["t" * 10] * 8 and words(windows.evaluation["ptb"]) == ["p" * 9] * 2
 
 
 def test_the_splits_that_calibration_and_the_report_read_are_two(tmp_path):

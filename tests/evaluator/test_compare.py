@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import weakref
@@ -55,6 +56,7 @@ def test_all_models_see_the_same_windows_one_model_at_a_time(sources, common, mo
     def spy(model, windows, label):
         assert all(other() is None for other in alive), "another model is still in memory"
         alive.append(weakref.ref(model))
+        model.itself = [model]  # so that it goes only where it is collected
         seen.append(windows["wikitext2"].clone())
         return measure(model, windows, label)
 
@@ -102,6 +104,13 @@ def test_another_tokenizer_is_refused_by_the_flags_of_both_models(sources, commo
     both = {"original": sources["original"], "finetuned": find_model(str(tmp_path / "other"), "--finetuned_model")}
     with pytest.raises(UsageError, match="the tokenizers of --original_model and --finetuned_model differ"):
         shared_windows(both, tokenizers_of(both), EvalConfig(), common.data_dir)
+
+
+def test_a_tokenizer_with_a_token_more_is_another_one_even_where_the_text_has_it_not(sources, common, tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["xylophone"])
+    with pytest.raises(UsageError, match="the tokenizers of --original_model and --pruned_model differ"):
+        shared_windows(sources, {"original": tokenizer, "pruned": larger}, EvalConfig(), common.data_dir)
 
 
 def test_a_model_that_does_not_embed_the_tokens_is_refused_by_its_flag(sources, common, tokenizer, tmp_path):

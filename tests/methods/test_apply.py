@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,12 @@ def masked_model(plan: PruningPlan, **changes):
             if not len(kept_columns) and linear.bias is not None:
                 linear.bias.zero_()
     return model
+
+
+def scales_of(*streams: torch.Tensor) -> torch.Tensor:
+    """The power of two nearest to the largest root mean square of each token; one that is zero everywhere has no size."""
+    sizes = torch.stack([stream.square().mean(-1).sqrt() for stream in streams]).amax(0)
+    return torch.tensor([[2.0 ** round(math.log2(size)) if size else 1.0 for size in row] for row in sizes]).unsqueeze(-1)
 
 
 def without_sublayers(geometry) -> PruningPlan:
@@ -105,7 +112,10 @@ def test_repair_touches_nothing_but_output_projections_and_nothing_before_the_fi
 @torch.no_grad()
 @each_architecture
 def test_every_sublayer_is_healed_on_what_reaches_it_in_the_pruned_model(monkeypatch, changes, repair):
-    """The inputs in the evidence are those of the final model, its targets those of the dense one."""
+    """The inputs in the evidence are those of the final model, its targets those of the dense one.
+
+    Of a repair that solves, both are relative to the size of the token's residual stream.
+    """
     model = tiny_model(**changes)
     plan, seen = replace(random_plan(geometry_of(model)), output_bias=repair == "bias"), []
     method = REPAIRS[repair]
@@ -120,8 +130,8 @@ def test_every_sublayer_is_healed_on_what_reaches_it_in_the_pruned_model(monkeyp
     hidden, target = runner.embed(CALIBRATION), dense.embed(CALIBRATION)
     for index in range(runner.num_layers):
         for part in plan.geometry.table.sublayers:
-            moments, before, target_before = Moments(), hidden, target
-            hidden, target = runner.sublayer(index, part, hidden, moments.add), dense.sublayer(index, part, target)
+            rows, moments, before, target_before = [], Moments(), hidden, target
+            hidden, target = runner.sublayer(index, part, hidden, rows.append), dense.sublayer(index, part, target)
             kept = plan.layers[index].kept(part.name)
             if len(kept) == plan.geometry.units(part.name):
                 continue
@@ -130,18 +140,18 @@ def test_every_sublayer_is_healed_on_what_reaches_it_in_the_pruned_model(monkeyp
             found = next(e for e in seen if torch.equal(e.weight, projection.weight))
             total, checked = found.fit + found.held_out, checked + 1
             columns = output_columns(part, kept, plan.geometry)
+            sizes = scales_of(target_before, before, target) if method.solves else torch.ones(1)
+            inputs = torch.cat(rows).unflatten(0, CALIBRATION.shape) / sizes
+            moments.add(inputs.flatten(0, 1))
             torch.testing.assert_close(total.mean[columns], moments.mean, rtol=1e-3, atol=1e-4)
             assert (found.fit.count, found.held_out.count) == (15 * 16, 5 * 16)
-            rows: list[torch.Tensor] = []
-            runner.sublayer(index, part, before, rows.append)
-            inputs = torch.cat(rows).unflatten(0, CALIBRATION.shape)
             torch.testing.assert_close(found.held_out.mean[columns], inputs[3::4].mean((0, 1)), rtol=1e-3, atol=1e-4)
             if not method.solves:
                 continue
             torch.testing.assert_close(total.gram[columns], moments.gram, rtol=1e-3, atol=1e-4)
             bias = projection.bias
             for cross, stream in zip(total.cross.split(plan.geometry.hidden_size), (target_before, before), strict=True):
-                wanted = target - stream - (0 if bias is None else bias)
+                wanted = (target - stream - (0 if bias is None else bias)) / sizes
                 again = wanted.flatten(0, 1).T @ inputs.flatten(0, 1) / CALIBRATION.numel()
                 torch.testing.assert_close(cross, again, rtol=1e-3, atol=1e-4)
             assert not torch.equal(target_before, before) or index <= 1
@@ -156,13 +166,15 @@ def test_the_targets_of_a_repair_are_not_rounded_to_a_long_residual_stream(monke
     watched = replace(method, heal=lambda evidence: seen.append(evidence) or method.heal(evidence))
     monkeypatch.setitem(REPAIRS, "least_squares", watched)
     geometry, runner = geometry_of(model), LayerRunner.of(model)
-    before = runner.embed(CALIBRATION)
+    windows = CALIBRATION.clamp_min(2)  # without the padding token, whose embedding is zero
+    before = runner.embed(windows)
     first = runner.observed(0, geometry.table.attention, before)
-    inputs = first.inputs.double().flatten(0, 1)[:, geometry.group_width :]
-    exact, rounded = (rows.double().flatten(0, 1).T @ inputs for rows in (first.outputs, first.after - before))
+    sizes = scales_of(before.double(), first.after.double())
+    inputs = (first.inputs / sizes).double().flatten(0, 1)[:, geometry.group_width :]
+    exact, rounded = ((rows / sizes).double().flatten(0, 1).T @ inputs for rows in (first.outputs, first.after - before))
     plan = PruningPlan.dense(geometry).with_layer(0, LayerPlan((1,), tuple(range(96))))
-    apply_plan(runner, plan, repair="least_squares", windows=CALIBRATION)
-    found = (seen[0].fit + seen[0].held_out).cross[: geometry.hidden_size].double() * CALIBRATION.numel()
+    apply_plan(runner, plan, repair="least_squares", windows=windows)
+    found = (seen[0].fit + seen[0].held_out).cross[: geometry.hidden_size].double() * windows.numel()
     assert (found - exact).norm() < 1e-3 * exact.norm() and (rounded - exact).norm() > 0.1 * exact.norm()
 
 

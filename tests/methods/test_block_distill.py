@@ -13,7 +13,7 @@ from LLMPruner.data.windows import load_windows
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.methods import apply, block_distill
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.methods.block_distill import _distances, distill_block
+from LLMPruner.methods.block_distill import FLOOR, _log_distances, distill_block
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import find_model
@@ -21,7 +21,7 @@ from LLMPruner.plan import LayerPlan, PruningPlan
 
 CALIBRATION = random_windows(20, 16, seed=1)
 # Layers of the tiny model; only the head comes behind the last.
-MIDDLE, LAST = range(1, 3), range(2, 4)
+MIDDLE, LAST, ALL = range(1, 3), range(2, 4), range(4)
 
 
 def halved(geometry) -> PruningPlan:
@@ -49,11 +49,11 @@ def taught(dtype=torch.float32, trainable=True, layers=MIDDLE, **changes):
     return runner, before, inputs, outputs, targets
 
 
-def distilled(runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0, layers=MIDDLE):
+def distilled(runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0, layers=MIDDLE, **options):
     held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
     held_out[held - 1 :: held] = True
     generator = torch.Generator().manual_seed(seed)
-    return distill_block(runner, layers, inputs, outputs, targets, held_out, epochs=epochs, generator=generator)
+    return distill_block(runner, layers, inputs, outputs, targets, held_out, epochs=epochs, generator=generator, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -80,6 +80,22 @@ def test_the_last_layers_come_closer_to_the_words_of_the_dense_model(changes, dt
     assert (found - targets).float().norm() < (found - 3 * targets).float().norm(), "the scale is not learned"
     changed = {name for name, weight in runner.store.model.named_parameters() if not torch.equal(weight, before[name])}
     assert changed and all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_architecture
+def test_of_all_layers_together_only_output_projections_and_norms_learn(changes, dtype):
+    """From the first hidden states to the last, by the words of the dense model."""
+    runner, before, inputs, outputs, targets = taught(dtype, layers=ALL, **changes)
+    found = distilled(runner, inputs, outputs, targets, layers=ALL, epochs=8, outputs_only=True)
+    divergences = [runner.head.divergence(hidden[3::4], targets[3::4]) for hidden in (found, outputs)]
+    assert divergences[0] < 0.9 * divergences[1]
+    assert torch.equal(found, runner.layers(inputs))
+    changed = {name for name, weight in runner.store.model.named_parameters() if not torch.equal(weight, before[name])}
+    ends = ("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias", "layernorm.weight")
+    assert changed and all(name.startswith("model.layers.") and name.endswith(ends) for name in changed)
+    assert all(any(name.startswith(f"model.layers.{index}.") for name in changed) for index in ALL)
+    assert {(weight.dtype, weight.requires_grad) for weight in runner.store.model.parameters()} == {(dtype, True)}
 
 
 @pytest.mark.parametrize("dtype, trainable", [(torch.float32, True), (torch.bfloat16, False)])
@@ -190,8 +206,25 @@ def test_weights_learn_in_float32_while_the_arithmetic_stays_in_half_precision(m
 
 def test_the_distance_of_a_token_is_relative_to_the_size_of_its_target():
     targets = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    found = _distances(targets + torch.tensor([[0.0, 5.0], [0.5, 0.0], [0.0, 0.0]]), targets)
-    assert found.tolist() == pytest.approx([1.0, 1.0, 0.0])
+    found = _log_distances(targets + torch.tensor([[0.0, 5.0], [0.5, 0.0], [0.0, 0.0]]), targets)
+    assert (found.exp() - FLOOR).tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-6)
+
+
+def test_a_token_that_stays_far_from_its_target_does_not_outweigh_the_rest():
+    """Its distance pulls no more than that of one that is near, and who is near enough is left alone."""
+    targets = torch.ones(3, 2)
+    far, near, nearest = 10.0, 1.0, 1e-3
+    hidden = (targets + torch.tensor([[far], [near], [nearest]])).requires_grad_()
+    _log_distances(hidden, targets).sum().backward()
+    slopes = hidden.grad[:, 0]
+    assert slopes[0] < slopes[1] and slopes[2] < slopes[1]
+
+
+def test_a_token_that_is_zero_and_should_be_pulls_nothing():
+    """Such as the padding token, whose embedding is zero: not a number would be taken back with all that was learned."""
+    hidden = torch.zeros(1, 4, requires_grad=True)
+    _log_distances(hidden, torch.zeros(1, 4)).sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros(1, 4))
 
 
 def test_layers_that_learned_nonsense_are_taken_back(caplog):
@@ -252,11 +285,32 @@ def test_every_layer_is_distilled_once_between_what_reaches_it_and_what_the_dens
     assert sum(weight.numel() for weight in model.parameters()) == plan.total_params
 
 
-def test_a_dense_plan_is_not_distilled(monkeypatch):
+@pytest.mark.parametrize("changes", [{"distill_epochs": 1}, {"distill_model_epochs": 1}], ids=str)
+def test_a_dense_plan_is_not_distilled(monkeypatch, changes):
     monkeypatch.setattr(apply, "distill_block", lambda *args, **options: pytest.fail("nothing to learn"))
     model = tiny_model()
     plan = PruningPlan.dense(geometry_of(model))
-    apply_plan(LayerRunner.of(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
+    apply_plan(LayerRunner.of(model), plan, repair="least_squares", windows=CALIBRATION, **changes)
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_whole_model_is_distilled_last_on_its_own_windows(monkeypatch, epochs):
+    """After the blocks, if any: from the windows' embeddings to what the dense model gives in the end."""
+    model, dense, seen = tiny_model(), LayerRunner.of(tiny_model()), []
+
+    def watched(runner, layers, inputs, outputs, targets, held_out, **options):
+        if layers == ALL:
+            assert torch.equal(inputs, runner.embed(CALIBRATION))
+            torch.testing.assert_close(outputs, runner.layers(inputs))
+            torch.testing.assert_close(targets, dense.layers(dense.embed(CALIBRATION)))
+        seen.append((layers, options["epochs"], options.get("outputs_only", False)))
+        return distill_block(runner, layers, inputs, outputs, targets, held_out, **options)
+
+    monkeypatch.setattr(apply, "BLOCK", 2)
+    monkeypatch.setattr(apply, "distill_block", watched)
+    options = {"distill_epochs": epochs, "distill_model_epochs": 3}
+    apply_plan(LayerRunner.of(model), halved(geometry_of(model)), repair="least_squares", windows=CALIBRATION, **options)
+    assert seen == [(range(2), 1, False), (LAST, 1, False)][: 2 * epochs] + [(ALL, 3, True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

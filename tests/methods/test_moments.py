@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from LLMPruner.methods.moments import Moments
+from LLMPruner.methods.moments import Moments, relative_to, token_scales
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = torch.randn(40, 9, generator=GENERATOR) + 1
@@ -100,3 +100,25 @@ def test_short_formats_lose_nothing_and_the_settings_of_the_process_stay(monkeyp
     torch.testing.assert_close(moments.gram.double(), rows.double().T @ rows.double() / 512, rtol=1e-5, atol=0)
     torch.testing.assert_close(moments.cross.double(), targets.double().T @ rows.double() / 512, rtol=1e-5, atol=0)
     assert precisions() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tokens_scale_is_a_power_of_two_near_its_largest_size_and_dividing_by_it_is_exact(dtype):
+    generator = torch.Generator().manual_seed(2)
+    small, large = (torch.randn(2, 5, 64, generator=generator).mul(factor).to(dtype) for factor in (0.01, 30.0))
+    mixed = small.clone()
+    mixed[0, 3] = large[0, 3]  # a massive activation in one of the streams
+    scales = token_scales(small, mixed)
+    sizes = torch.stack([stream.float().square().mean(-1, keepdim=True).sqrt() for stream in (small, mixed)]).amax(0)
+    assert scales.shape == (2, 5, 1) and scales.dtype == torch.float32
+    assert torch.equal(scales.log2(), scales.log2().round()) and ((scales / sizes).log2().abs() <= 0.5).all()
+    assert scales[0, 3] > 100 * scales[0, 2] and torch.equal(token_scales(mixed, small), scales)
+    relative = relative_to(scales, mixed)
+    assert relative.dtype == dtype and torch.equal(relative.float() * scales, mixed.float())
+    assert relative.float().square().mean(-1).sqrt().clamp(0.5, 2).equal(relative.float().square().mean(-1).sqrt())
+
+
+def test_a_token_that_is_zero_everywhere_has_a_finite_scale():
+    zero = torch.zeros(1, 2, 8)
+    scales = token_scales(zero, zero)
+    assert scales.isfinite().all() and (scales > 0).all() and not relative_to(scales, zero).any()

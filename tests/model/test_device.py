@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from LLMPruner.errors import UsageError
-from LLMPruner.model.device import DTYPES, dtype_name, float64, resolve_device, resolve_dtype
+from LLMPruner.model.device import DTYPES, deterministic, dtype_name, float64, resolve_device, resolve_dtype
 
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "cpu:x", "meta"])
@@ -53,3 +53,16 @@ def test_float64_is_exact_and_on_the_cpu_where_the_device_has_none():
     assert float64(values).dtype == torch.float64 and torch.equal(float64(values).bfloat16(), values)
     apple = SimpleNamespace(device=torch.device("mps"), cpu=lambda: values)  # no double() of its own
     assert torch.equal(float64(apple), values.double())
+
+
+@pytest.mark.parametrize(("before", "warn_only"), [(False, False), (True, False), (True, True)])
+def test_the_settings_of_the_process_are_what_they_were_after_deterministic_sums_also_after_a_failure(before, warn_only):
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+    try:
+        with pytest.raises(KeyError), deterministic():
+            assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+            raise KeyError
+        assert torch.are_deterministic_algorithms_enabled() == before
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import half_pruned
 
 from LLMPruner.config import EXPORT_FORMATS, CommonConfig, EvalConfig, ExportConfig, FinetuneConfig, PruneConfig
@@ -175,7 +176,7 @@ def test_a_checkpoint_is_not_left_beside_a_plan_that_it_does_not_follow(job):
 def test_a_state_of_other_settings_is_refused(job):
     asked = replace(job, prune=replace(SEARCH, resume=True))
     Path("exp").mkdir()
-    SearchState().save(Path("exp", SEARCH_FILE), search_key(asked))
+    SearchState().save(Path("exp", SEARCH_FILE), search_key(asked.sized()))
     check_prune(asked, Path("exp"))
     refused(check_prune, replace(asked, common=replace(job.common, seed=7)), Path("exp"), "other settings")
 
@@ -224,6 +225,14 @@ def test_a_search_is_the_same_where_only_its_length_or_what_comes_after_it_chang
     for changes in ({"seed": 1}, {"dtype": "bfloat16"}, {"device": "auto"}, {"data_dir": None}):
         assert search_key(replace(asked, common=replace(job.common, **changes))) != search_key(asked)
     assert search_key(replace(asked, test_pruned=True, save=False, finetune=FINETUNE)) == search_key(asked)
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 6144), ("cuda", 24576)])
+def test_a_search_measures_on_as_many_tokens_as_the_device_affords_unless_told(job, monkeypatch, device, tokens):
+    monkeypatch.setattr("LLMPruner.stages.job.resolve_device", lambda _: torch.device(device))
+    asked, told = replace(job, prune=SEARCH), replace(job, prune=replace(SEARCH, search_tokens=64))
+    assert asked.sized() == replace(job, prune=replace(SEARCH, search_tokens=tokens)) and told.sized() == told
+    assert search_key(asked.sized()) == search_key(asked.sized().sized()) != search_key(told.sized())
 
 
 def test_a_search_belongs_to_its_model(job, recovery):

@@ -43,8 +43,9 @@ def loaded(trained_dir) -> LoadedModel:
 
 def by_hand(job: PruneJob) -> LoadedModel:
     """The job's model, pruned by the functions of the stages alone: no run, no folder, no record."""
+    job = job.sized()
     config, common = job.prune, job.common
-    budget, importance = check_prune(job, Path("nowhere"))
+    budget, _ = check_prune(job, Path("nowhere"))
     tokenizer = load_tokenizer(job.source)
     windows = job.windows(tokenizer)
     loaded = load_model(job.source, dtype=common.dtype, device=common.device, tokenizer=tokenizer)
