@@ -93,7 +93,9 @@ def _siblings(path: Path) -> Iterator[tuple[Path, int, str]]:
 
 
 def _alive(process: int) -> bool:
-    """Whether a process of this machine has the number; also True for one that is another user's."""
+    """Whether another process of this machine has the number; also True for one that is another user's."""
+    if process == os.getpid():  # it had the number before this one
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

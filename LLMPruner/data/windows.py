@@ -167,13 +167,8 @@ def load_windows(
     windows = ids[: count * seq_len].view(count, seq_len)
     if name not in CORPORA and split != "train":
         logger.warning("corpus file %s has no splits: what is measured on it must not have been calibrated on it", name)
-    if 0 < samples < count:
-        if seed is None:
-            chosen = torch.linspace(0, count - 1, samples, dtype=torch.float64).long()  # the first and the last included
-        else:
-            chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
-        windows = windows[chosen]
-    elif samples > count:
+    windows = _drawn(windows, samples, seed)
+    if samples > count:
         logger.warning(
             "corpus %s, split %s, has %d windows of %d, fewer than the %d asked for", name, split, count, seq_len, samples
         )
@@ -181,6 +176,18 @@ def load_windows(
         windows = torch.cat([torch.full((len(windows), 1), bos), windows], 1)
     logger.info("data: %s %s: %d of %d windows of %d tokens", name, split, len(windows), count, windows.shape[1])
     return windows
+
+
+def _drawn(windows: torch.Tensor, samples: int, seed: int | None) -> torch.Tensor:
+    """`samples` of the windows (0: all), in their order: spread evenly, or drawn at random where `seed` is given."""
+    import torch
+
+    count = len(windows)
+    if not 0 < samples < count:
+        return windows
+    if seed is None:
+        return windows[torch.linspace(0, count - 1, samples, dtype=torch.float64).long()]  # the first and the last included
+    return windows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].sort().values]
 
 
 def held_out_tokens(windows: int, seq_len: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,24 +58,25 @@ def apply_plan(
             _slice(runner, sublayer, index, plan)
         return
     streams, held_out = _streams(runner, windows), held_out_tokens(*windows.shape).to(runner.device)
-    generator = torch.Generator().manual_seed(seed)
-    options = {"epochs": distill_epochs, "generator": generator}
+    options = {"held_out": held_out, "generator": torch.Generator().manual_seed(seed)}
     with tqdm(total=runner.num_layers, desc="apply", disable=None, leave=False) as progress:
         for layers in _blocks(runner.num_layers):
             learns = distill_epochs and any(plan.layers[index].kept(part.name) for index in layers for part in sublayers)
             entering = streams.pruned if learns else None  # one stream is gigabytes: none is held without need
-            for index in layers:
-                for sublayer in sublayers:
-                    _heal(runner, sublayer, index, plan, method, streams)
-                progress.update()
-            if learns and streams.pruned is not streams.dense:
-                streams.pruned = distill_block(runner, layers, entering, streams.pruned, streams.dense, held_out, **options)
-    if distill_model_epochs and streams.pruned is not streams.dense:
-        whole, options = (
-            range(runner.num_layers),
-            {"epochs": distill_model_epochs, "generator": generator, "outputs_only": True},
-        )
-        distill_block(runner, whole, runner.embed(windows), streams.pruned, streams.dense, held_out, **options)
+            for index, sublayer in product(layers, sublayers):
+                _heal(runner, sublayer, index, plan, method, streams)
+            progress.update(len(layers))
+            if learns:
+                _distill(runner, layers, entering, streams, epochs=distill_epochs, **options)
+    if distill_model_epochs:
+        whole, entering = range(runner.num_layers), runner.embed(windows)
+        _distill(runner, whole, entering, streams, epochs=distill_model_epochs, outputs_only=True, **options)
+
+
+def _distill(runner: LayerRunner, layers: range, entering: torch.Tensor, streams: Streams, **options: Any) -> None:
+    """Distill `layers`, unless nothing was pruned yet; `entering` is the pruned stream before them."""
+    if streams.pruned is not streams.dense:
+        streams.pruned = distill_block(runner, layers, entering, streams.pruned, streams.dense, **options)
 
 
 def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
@@ -137,7 +139,9 @@ def _evidence(
             drift = 0
             if pruned is not dense:
                 now = fetch(pruned, part, runner.device)
-                seen, drift = runner.observed(index, sublayer, now), before.float() - now.float()
+                seen = runner.observed(index, sublayer, now)
+                if not sublayer.wraps:  # else what is added to the stream is not what the projection gives
+                    drift = before.float() - now.float()
             own, inputs, targets = theirs.outputs.float() - bias, seen.inputs, None
             if method.solves:
                 scales = token_scales(before, fetch(pruned, part, runner.device), theirs.after)

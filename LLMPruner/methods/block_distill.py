@@ -175,7 +175,7 @@ def _log_distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Of the logarithm, because a few tokens stay far from their targets whatever the weights are, and would outweigh the rest.
     """
     targets = targets.float()
-    scale = targets.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = targets.square().mean(-1).clamp_min(1e-20)  # a stream of zeros; its inverse must not overflow
     return (FLOOR + (hidden.float() - targets).square().mean(-1) / scale).log()
 
 

@@ -62,12 +62,20 @@ def deterministic() -> Iterator[None]:
     """
     import torch
 
-    before = torch.are_deterministic_algorithms_enabled()
+    flags = torch.utils.deterministic
+    strict, warns, fills = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        flags.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True)
+    # else all new memory is filled, which costs time and is for finding bugs
+    flags.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        flags.fill_uninitialized_memory = fills
 
 
 def dtype_name(dtype: torch.dtype) -> str:
