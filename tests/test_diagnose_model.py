@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_text
+from conftest import make_text, tiny_model
 from safetensors.torch import load_file, save_file
 
 import diagnose_model as script
@@ -84,6 +84,29 @@ def test_the_report_is_saved_as_text_or_json(pruned, capsys):
     assert {path.name for path in Path().iterdir()} == {"m.bin", "r.txt", "r.json"}
 
 
+def test_beside_the_dense_model_the_report_tells_how_long_its_tokens_are(pruned, trained_dir, capsys):
+    code, out, err = run(capsys, f"--model_path={pruned}", f"--original_model={trained_dir}", "--save_report=r.json")
+    assert code == 0 and "massive activations: layer " in out and "longest token" in out and err == ""
+    saved = json.loads(Path("r.json").read_text())
+    assert len(saved["stream_ratios"]) == 4 and saved["findings"][0]["where"] == "massive activations"
+    code, out, _ = run(capsys, f"--model_path={trained_dir}", f"--original_model={trained_dir}")
+    assert code == 0 and "1.0 times as long" in out and "none is false" in out
+
+
+def test_another_dense_model_is_refused(pruned, tokenizer, capsys):
+    for name, changes in (
+        ("deeper", {"num_hidden_layers": 5}),
+        ("wider", {"hidden_size": 128}),
+        ("richer", {"vocab_size": 301}),
+    ):
+        tiny_model(**changes).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+        capsys.readouterr()  # transformers' progress bar
+        code, out, err = run(capsys, f"--model_path={pruned}", f"--original_model={name}")
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert f"--original_model {name} is not the dense model of m.bin" in err
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
@@ -146,6 +169,7 @@ def test_a_strangers_pickle_is_never_executed(folder, capsys, write):
         (["--model_path=notes.txt"], "not a model"),
         (["--model_path=m.bin", "--save_report=none/r.txt"], "--save_report"),
         (["--model_path=m.bin", "--save_report=."], "--save_report"),
+        (["--model_path=m.bin", "--original_model=/nowhere/dense"], "--original_model /nowhere/dense does not exist"),
         (["--model_path=m.bin", "--unknown"], "--unknown"),
         (["--model_path=m.bin", "--test_forward", "--device=cuda:77"], "--device"),
     ],

@@ -231,6 +231,9 @@ def _load_bin(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
     from transformers import GenerationConfig
 
     tensors, meta = load_checkpoint(source.path)
+    for name, value in tensors.items():
+        if not hasattr(value, "dtype"):
+            raise RunError(f"{source.path} is damaged: {name} is no tensor")
     model = build_empty(_llama_config(json.loads(meta["__config__"])), source.plan)
     model = assign_weights(model, tensors, dtype)
     if "__generation_config__" in meta:

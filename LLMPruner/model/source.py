@@ -207,6 +207,11 @@ def _check_shards(folder: Path) -> None:
 
 def _inspect_bin(path: Path) -> ModelSource:
     meta = read_meta(path)
+    for key in ("__config__", "__provenance__"):
+        try:
+            json.loads(meta[key])
+        except ValueError as error:
+            raise DamagedError(f"{path} is damaged: its {key} is not JSON") from error
     plan = PruningPlan.from_json(meta["__plan__"])
     return ModelSource(path, "bin", plan.geometry, plan, meta, json.loads(meta["__config__"]))
 

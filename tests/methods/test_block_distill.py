@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
+from conftest import ARCHITECTURES, each_architecture, geometry_of, random_plan, random_windows, tiny_model
 
 from LLMPruner.data.windows import load_windows
 from LLMPruner.evaluator.ppl import perplexity
@@ -82,8 +82,9 @@ def test_the_last_layers_come_closer_to_the_words_of_the_dense_model(changes, dt
     assert changed and all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in changed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@each_architecture
+@pytest.mark.parametrize(
+    ("changes", "dtype"), [*((changes, torch.float32) for changes in ARCHITECTURES.values()), ({}, torch.bfloat16)], ids=str
+)
 def test_of_all_layers_together_only_output_projections_and_norms_learn(changes, dtype):
     """From the first hidden states to the last, by the words of the dense model."""
     runner, before, inputs, outputs, targets = taught(dtype, layers=ALL, **changes)

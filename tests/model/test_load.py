@@ -135,3 +135,10 @@ def test_weights_that_are_not_the_models_are_refused_by_name(wrong):
         name += r" is \(2, 3\), expected \(96, 64\)"
     with pytest.raises(RunError, match="do not fit the plan: " + name):
         assign_weights(build_empty(model.config, PruningPlan.dense(geometry_of(model))), state, torch.float32)
+
+
+def test_a_value_that_is_no_tensor_is_told(tmp_path, pruned_bin):
+    payload = torch.load(pruned_bin, weights_only=True)
+    torch.save(payload | {"epoch": 3}, tmp_path / "model.bin")
+    with pytest.raises(RunError, match="damaged: epoch is no tensor"):
+        load_model(find_model(str(tmp_path / "model.bin"), "--model_path"), device="cpu")

