@@ -138,7 +138,7 @@ def test_weights_that_are_not_the_models_are_refused_by_name(wrong):
 
 
 def test_a_value_that_is_no_tensor_is_told(tmp_path, pruned_bin):
-    payload = torch.load(pruned_bin, weights_only=True)
+    payload = torch.load(pruned_bin()[0], weights_only=True)
     torch.save(payload | {"epoch": 3}, tmp_path / "model.bin")
     with pytest.raises(RunError, match="damaged: epoch is no tensor"):
         load_model(find_model(str(tmp_path / "model.bin"), "--model_path"), device="cpu")
