@@ -199,6 +199,12 @@ def with_original(
     dense, ids = _stream_lengths(original, None, dtype, device)
     ours, _ = _stream_lengths(source, ids, dtype, device)
     ratios = tuple(largest_ratios(ours, dense))
+    broken = next((index for index, ratio in enumerate(ratios) if not math.isfinite(ratio)), None)
+    if broken is not None:
+        finding = Finding(
+            "error", "massive activations", f"layer {broken}: the residual stream is not finite: try --dtype float32"
+        )
+        return replace(diagnosis, findings=(*diagnosis.findings, finding))
     worst = max(range(len(ratios)), key=lambda index: ratios[index])
     severity, verdict = "info", "none is false"
     if ratios[worst] >= RATIO:

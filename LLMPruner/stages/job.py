@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from LLMPruner.config import (
     EXPORT_FORMATS,
@@ -29,9 +29,6 @@ from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model.device import resolve_device
 from LLMPruner.model.size import checkpoint_bytes, export_bytes
 from LLMPruner.model.source import ModelSource, check_seq_len
-
-if TYPE_CHECKING:
-    pass
 
 MODEL_FILE, FINETUNED_FILE = "pytorch_model.bin", "pytorch_model_finetuned.bin"  # of an experiment
 SEARCH_FILE = "search_state.json"

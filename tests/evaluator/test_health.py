@@ -238,3 +238,11 @@ def test_broken_weights_are_not_compared_to_the_dense_model(monkeypatch):
     monkeypatch.setattr(health, "load_model", lambda *args, **kwargs: pytest.fail("was loaded"))
     diagnosis = unreadable("m.bin", RuntimeError("torn"))
     assert with_original(diagnosis, SimpleNamespace(), SimpleNamespace()) is diagnosis
+
+
+def test_a_residual_stream_that_is_not_finite_is_an_error(source, monkeypatch):
+    broken = [torch.ones(1, 3), torch.full((1, 3), torch.nan)]
+    monkeypatch.setattr(health, "_stream_lengths", lambda *_: (broken, torch.zeros(1, 3, dtype=torch.long)))
+    diagnosis = health.with_original(diagnose_weights(source), source, source)
+    assert not diagnosis.healthy and "layer 1: the residual stream is not finite" in diagnosis.findings[-1].message
+    assert diagnosis.as_dict()["stream_ratios"] == [], "JSON has no NaN"
