@@ -60,23 +60,26 @@ def make_text(rows: int, seed: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+# Four layers with 4:1 query heads per KV head, of sizes that differ from one another.
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
 def tiny_config(**changes) -> LlamaConfig:
-    """A 4-layer Llama with 4:1 query heads per KV head, sizes that differ from one another."""
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
-    return LlamaConfig(**settings | changes)
+    """The config of a Llama of SIZES, but for what `changes`."""
+    return LlamaConfig(**SIZES | changes)
 
 
 def tiny_model(seed: int = 0, **changes) -> LlamaForCausalLM:

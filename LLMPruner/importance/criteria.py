@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the command line reads CRITERIA and must not wait for torch
     from torch import nn
 
     from LLMPruner.methods.moments import Moments
-    from LLMPruner.model.forward import LayerRunner
+    from LLMPruner.model.forward import LayerRunner, Observed
 
 
 @dataclass(frozen=True)
@@ -205,19 +205,13 @@ def _add_moments(
 
     Only second moments, which are solved with, are weighted: means and mean squares are those of the published criteria.
     """
-    import torch
-
     from LLMPruner.methods.moments import relative_to, token_scales
-    from LLMPruner.model.hidden import fetch
 
-    after = torch.empty_like(hidden)
-    for part in runner.batches(*hidden.shape[:2]):
-        before = fetch(hidden, part, runner.device)
-        seen = runner.observed(index, sublayer, before)
+    def add(before: torch.Tensor, seen: Observed) -> None:
         inputs = relative_to(token_scales(before, seen.after), seen.inputs) if weighted else seen.inputs
         moments.add(inputs.flatten(0, 1))
-        after[part] = seen.after
-    return after
+
+    return runner.sublayer(index, sublayer, hidden, add)
 
 
 def gate_statistics(runner: LayerRunner, geometry: Geometry, windows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

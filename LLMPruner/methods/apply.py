@@ -136,7 +136,7 @@ def _evidence(
             before = fetch(dense, part, runner.device)
             seen = theirs = runner.observed(index, sublayer, before)
             answer[part] = theirs.after
-            drift = 0
+            now, drift = before, 0
             if pruned is not dense:
                 now = fetch(pruned, part, runner.device)
                 seen = runner.observed(index, sublayer, now)
@@ -144,7 +144,7 @@ def _evidence(
                     drift = before.float() - now.float()
             own, inputs, targets = theirs.outputs.float() - bias, seen.inputs, None
             if method.solves:
-                scales = token_scales(before, fetch(pruned, part, runner.device), theirs.after)
+                scales = token_scales(before, now, theirs.after)
                 inputs = relative_to(scales, inputs)
                 targets = relative_to(scales, torch.cat([own, own + drift], -1)).flatten(0, 1)  # (tokens, 2 * hidden)
             inputs, out = inputs.flatten(0, 1), held[part].flatten()

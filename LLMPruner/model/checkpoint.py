@@ -79,9 +79,18 @@ def read_meta(path: Path) -> dict[str, str]:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors (memory-mapped, on CPU) and meta strings of our `.bin`. Raises UsageError as `read_meta` does."""
+    """Tensors (memory-mapped, on CPU) and meta strings of our `.bin`. Raises UsageError as `read_meta` does.
+
+    Raises RunError where it cannot be read, or holds what is no tensor.
+    """
+    import torch
+
     meta = read_meta(path)
-    return _split(_load(path))[0], meta
+    tensors = _split(_load(path))[0]
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise RunError(f"{path} is damaged: {name} is no tensor")
+    return tensors, meta
 
 
 def _parse_meta(stored: bytes, path: Path) -> dict[str, str]:

@@ -24,8 +24,6 @@ from LLMPruner.model.store import ResidentStore
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-Observer = Callable[[torch.Tensor], None]
-
 
 @dataclass(frozen=True)
 class Observed:
@@ -34,6 +32,9 @@ class Observed:
     after: torch.Tensor
     inputs: torch.Tensor  # (n, seq_len, columns)
     outputs: torch.Tensor  # (n, seq_len, hidden), its bias included
+
+
+Observer = Callable[[torch.Tensor, Observed], None]  # sees a batch before the sublayer, and what became of it
 
 
 class LayerRunner:
@@ -70,7 +71,7 @@ class LayerRunner:
 
     @torch.no_grad()
     def sublayer(self, index: int, sublayer: Sublayer, hidden: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
-        """Hidden states after a sublayer of layer `index`; `observe` sees each batch of its output projection's inputs."""
+        """Hidden states after a sublayer of layer `index`; `observe` sees each batch of them go through."""
         with self.store.layer(index) as layer:
             if is_removed(getattr(layer, sublayer.attribute)):
                 return hidden
@@ -79,7 +80,7 @@ class LayerRunner:
                 if observe is None:
                     return self._after(layer, sublayer, batch)
                 seen = self._observed(layer, sublayer, batch)
-                observe(seen.inputs.flatten(0, -2))
+                observe(batch, seen)
                 return seen.after
 
             return mapped(hidden, step, self.device, self.batch_tokens)

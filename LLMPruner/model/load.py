@@ -157,16 +157,6 @@ def _owned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if owns else tensor.clone().contiguous()
 
 
-def versions() -> dict[str, str]:
-    """The libraries a result depends on."""
-    import platform
-
-    import torch
-    import transformers
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-
-
 def _load_directory(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
     import safetensors
     from transformers import LlamaForCausalLM
@@ -231,9 +221,6 @@ def _load_bin(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
     from transformers import GenerationConfig
 
     tensors, meta = load_checkpoint(source.path)
-    for name, value in tensors.items():
-        if not hasattr(value, "dtype"):
-            raise RunError(f"{source.path} is damaged: {name} is no tensor")
     model = build_empty(_llama_config(json.loads(meta["__config__"])), source.plan)
     model = assign_weights(model, tensors, dtype)
     if "__generation_config__" in meta:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, random_plan, random_windows, tiny_config
+from conftest import ARCHITECTURES, SIZES, random_plan, random_windows, tiny_config
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -31,20 +31,6 @@ from LLMPruner.plan import Geometry, LayerPlan, PruningPlan, expected_shapes
 from LLMPruner.trainer.finetuner import adapters
 
 WINDOWS, CALIBRATION = random_windows(), random_windows(60, 16, seed=1)
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
 
 # Families that the package does not know, as data alone.
 q, k, v = (replace(projection, bias=True) for projection in ATTENTION.inputs)

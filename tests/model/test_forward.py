@@ -88,7 +88,7 @@ def test_a_removed_sublayer_changes_nothing_and_has_nothing_to_observe(name):
     runner = LayerRunner.of(model)
     sublayer, hidden = runner.table.sublayer(name), runner.embed(WINDOWS)
     slice_sublayer(model.model.layers[1], sublayer, (), geometry_of(model))
-    assert runner.sublayer(1, sublayer, hidden, lambda _: pytest.fail("nothing goes through")) is hidden
+    assert runner.sublayer(1, sublayer, hidden, lambda *_: pytest.fail("nothing goes through")) is hidden
 
 
 def test_an_eager_model_is_causal_too():
@@ -135,7 +135,8 @@ def test_observers_see_every_input_of_the_output_projection(changes):
     runner = LayerRunner.of(tiny_model(**changes), batch_tokens=24)
     hidden = runner.layer(0, runner.embed(WINDOWS))
     for sublayer in runner.table.sublayers:
-        hidden = runner.sublayer(1, sublayer, hidden, seen[sublayer.name].append)
+        rows = seen[sublayer.name]
+        hidden = runner.sublayer(1, sublayer, hidden, lambda _, now, rows=rows: rows.append(now.inputs.flatten(0, -2)))
     for name, batches in seen.items():
         assert len(batches) == 3
         torch.testing.assert_close(torch.cat(batches), expected[name])
@@ -187,7 +188,7 @@ def test_hooks_are_gone_after_an_observer_raised():
     model = tiny_model()
     runner = LayerRunner.of(model)
 
-    def fail(_):
+    def fail(*_):
         raise KeyError("observer")
 
     with pytest.raises(KeyError):
