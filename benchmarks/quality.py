@@ -1,8 +1,9 @@
 """Quality at a given size: every preset and our best at the same ratios, calibration text and evaluation windows.
 
 One command gives one table, one JSON and one plot. Rows that the JSON has already are not measured again, so an interrupted
-run continues, and what `benchmarks/peers/` adds stands beside them. What several rows share (layer scores, unit scores,
-the search's costs) is computed once; every row's time counts all of it, as if the row ran alone.
+run continues, and what `benchmarks/peers/` adds stands beside them. What several rows of a seed share (layer scores, unit
+scores, the search's costs) is computed once; every row's time counts all of it, as if the row ran alone. One draw is no result:
+with several `--seeds` the table gives the median and the worst of each figure.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import argparse
 import copy
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -66,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibrations", nargs="+", default=["wikitext2", "news"])
     parser.add_argument("--windows", type=int, default=32, help="test windows per corpus, spread evenly")
     parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="every row once with each")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of quality.json, .md and .png")
     return parser.parse_args(argv)
 
@@ -80,7 +83,7 @@ def clocked(make: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 class Bench:
-    """The dense model, the windows, and what rows share, with the seconds and memory of every shared part."""
+    """The dense model, the windows, and what rows of one seed share, with the seconds and memory of every shared part."""
 
     def __init__(self, source: ModelSource, evaluation: EvalConfig, common: CommonConfig) -> None:
         self.source, self.common = source, common
@@ -90,6 +93,11 @@ class Bench:
         self.test = evaluation_windows(self.dense.tokenizer, evaluation, common.data_dir)
         self.reference = {name: self.last_hidden(self.dense.runner, rows) for name, rows in self.test.items()}
         self.shared: dict[tuple, tuple[Any, float, float]] = {}
+
+    def reseed(self, seed: int) -> None:
+        """Go on with another seed; nothing is shared between two."""
+        if seed != self.common.seed:
+            self.common, self.shared = replace(self.common, seed=seed), {}
 
     def last_hidden(self, runner: LayerRunner, rows: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states before the final norm, four windows at a time."""
@@ -136,6 +144,7 @@ class Bench:
             "row": name,
             "ratio": ratio,
             "calibration": corpus,
+            "seed": self.common.seed,
             "calibration_tokens": max(windows.calibration.numel(), text.numel()),
             "removed": plan.removed_params,
             "kv_groups": plan.kv_counts,
@@ -195,7 +204,7 @@ def prune_config(name: str, ratio: float, corpus: str) -> PruneConfig:
 def recipe(argv: Sequence[str]) -> None:
     """Check, then measure what is missing; write the JSON after every row, the table and the plot at the end."""
     args = parse(argv)
-    common = CommonConfig(seed=args.seed, data_dir=args.data_dir)
+    common = [CommonConfig(seed=seed, data_dir=args.data_dir) for seed in args.seeds][0]  # every seed is checked
     require_at_least("--seq_len", args.seq_len, 2)  # EvalConfig has other names for both
     require_at_least("--windows", args.windows, 0)
     evaluation = EvalConfig(CORPORA, args.seq_len, args.windows)
@@ -203,14 +212,14 @@ def recipe(argv: Sequence[str]) -> None:
     check_seq_len(source, "--seq_len", args.seq_len)
     for corpus in CORPORA:
         check_corpus(corpus, args.data_dir, "test", args.seq_len)
-    wanted = list(product(args.calibrations, args.ratios, args.rows))
-    for corpus, ratio, name in wanted:
+    wanted = list(product(dict.fromkeys(args.seeds), args.calibrations, args.ratios, args.rows))
+    for _, corpus, ratio, name in wanted:
         check_corpus(corpus, args.data_dir, "train")
         make_budget(source.geometry, prune_config(name, ratio, corpus))
     if args.output.exists() and not args.output.is_dir():
         raise UsageError(f"--output {args.output} is not a folder")
     path = args.output / "quality.json"
-    setting = {"model": args.base_model, "windows": args.windows, "seq_len": args.seq_len, "seed": args.seed}
+    setting = {"model": args.base_model, "windows": args.windows, "seq_len": args.seq_len}
     setting["dtype"] = dtype_name(resolve_dtype(common.dtype, resolve_device(common.device)))
     record = read_json_file(path, "the record") if path.exists() else {**setting, "versions": versions(), "rows": []}
     if any(record[key] != value for key, value in setting.items()):
@@ -226,16 +235,17 @@ def recipe(argv: Sequence[str]) -> None:
     print(table(record))
 
 
-def fill(record: dict[str, Any], bench: Bench, wanted: Sequence[tuple[str, float, str]], path: Path) -> None:
+def fill(record: dict[str, Any], bench: Bench, wanted: Sequence[tuple[int, str, float, str]], path: Path) -> None:
     """Measure the dense model and the wanted rows that the record lacks."""
     if "dense" not in record:
         record["dense"] = {"removed": 0, "results": bench.measure(bench.dense.runner)}
     measured_by = commit()  # once: the code in this process stays what it is, whatever is committed meanwhile
-    done = {(row["calibration"], row["ratio"], row["row"]) for row in record["rows"]}
-    for corpus, ratio, name in wanted:
-        if (corpus, ratio, name) not in done:
+    done = {(row["seed"], row["calibration"], row["ratio"], row["row"]) for row in record["rows"]}
+    for seed, corpus, ratio, name in wanted:
+        if (seed, corpus, ratio, name) not in done:
+            bench.reseed(seed)
             record["rows"].append(bench.row(name, ratio, corpus) | {"commit": measured_by})
-            logger.info("row: %s", {key: record["rows"][-1][key] for key in ("row", "ratio", "seconds", "results")})
+            logger.info("row: %s", {key: record["rows"][-1][key] for key in ("row", "ratio", "seed", "seconds", "results")})
             write_json(path, record)
     write_json(path, record)
 
@@ -256,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(record: dict[str, Any]) -> str:
-    """A Markdown table for every calibration corpus."""
+    """A Markdown table for every calibration corpus: of several seeds the median, and the worst behind it."""
     lines = []
     dense = record["dense"]["results"]
     for corpus in sorted({row["calibration"] for row in record["rows"]}, reverse=True):
@@ -264,31 +274,53 @@ def table(record: dict[str, Any]) -> str:
             f"Calibrated on {corpus}, {record['windows']} windows of {record['seq_len']} per corpus, {record['dtype']}:",
             "",
         ]
-        head = ["ratio", "method", *(f"PPL {name}" for name in CORPORA), *(f"KL {name}" for name in CORPORA)]
+        head = ["ratio", "method", "seeds", *(f"PPL {name}" for name in CORPORA), *(f"KL {name}" for name in CORPORA)]
         head += ["removed", "calibration tokens", "seconds", "peak GB", "commit"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         values = [f"{dense[name]['ppl']:.2f}" for name in CORPORA] + ["0"] * len(CORPORA)
-        lines.append("| " + " | ".join(["0", "dense", *values, "0", "", "", "", ""]) + " |")
-        rows = [row for row in record["rows"] if row["calibration"] == corpus]
-        for row in sorted(rows, key=lambda row: (row["ratio"], -row["results"]["wikitext2"]["ppl"])):
-            cells = [f"{row['ratio']:g}", row["row"]]
-            cells += [_figure(row["results"][name]["ppl"]) for name in CORPORA]
-            cells += ["" if "kl" not in row["results"][name] else f"{row['results'][name]['kl']:.3f}" for name in CORPORA]
-            cells += [f"{row['removed']:,}", f"{row['calibration_tokens']:,}", f"{row['seconds']:.0f}"]
-            cells += [f"{row['peak_memory_gb']:.2f}", row.get("commit", "")]  # the peers' rows and the oldest of ours have none
-            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(["0", "dense", "", *values, "0", "", "", "", ""]) + " |")
+        groups = list(_draws([row for row in record["rows"] if row["calibration"] == corpus]))
+        for rows in sorted(groups, key=lambda rows: (rows[0]["ratio"], -_median(rows, "wikitext2"))):
+            lines.append("| " + " | ".join(_cells(rows)) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _draws(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one calibration corpus by method and ratio: those that differ by their seed alone."""
+    for method, ratio in dict.fromkeys((row["row"], row["ratio"]) for row in rows):
+        yield [row for row in rows if (row["row"], row["ratio"]) == (method, ratio)]
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> list[str]:
+    results = [row["results"] for row in rows]
+    cells = [f"{rows[0]['ratio']:g}", rows[0]["row"], str(len(rows))]
+    cells += [_summary([result[name]["ppl"] for result in results], _figure) for name in CORPORA]
+    for name in CORPORA:
+        known = [result[name]["kl"] for result in results if "kl" in result[name]]  # the peers' have none
+        cells.append(_summary(known, "{:.3f}".format) if known else "")
+    cells += [f"{statistics.median(row['removed'] for row in rows):,.0f}", f"{rows[0]['calibration_tokens']:,}"]
+    cells += [f"{statistics.median(row['seconds'] for row in rows):.0f}", f"{max(row['peak_memory_gb'] for row in rows):.2f}"]
+    return [*cells, " ".join(dict.fromkeys(row["commit"] for row in rows if row.get("commit")))]
+
+
+def _summary(values: Sequence[float], shown: Callable[[float], str]) -> str:
+    middle, worst = shown(statistics.median(values)), shown(max(values))
+    return middle if middle == worst else f"{middle} ({worst})"
 
 
 def _figure(ppl: float) -> str:
     return f"{ppl:.2f}" if ppl < 1e4 else f"{ppl:.2g}"
 
 
+def _median(rows: Sequence[dict[str, Any]], corpus: str) -> float:
+    return statistics.median(row["results"][corpus]["ppl"] for row in rows)
+
+
 def plot(path: Path, record: dict[str, Any]) -> None:
     """PPL over removed parameters, one line per method, one panel per test corpus (calibrated on the first corpus).
 
-    Other tools' own code is dashed: its rows know no plan.
+    Of several seeds the median is drawn, and a bar up to the worst. Other tools' own code is dashed: its rows know no plan.
     """
     from matplotlib.figure import Figure
 
@@ -300,18 +332,22 @@ def plot(path: Path, record: dict[str, Any]) -> None:
         f"what goes beyond {PLOT_TOP:,} collapsed)"
     )
     panels = figure.subplots(1, len(CORPORA))
-    names = sorted(
-        {row["row"] for row in rows}, key=lambda name: min(r["results"]["wikitext2"]["ppl"] for r in rows if r["row"] == name)
-    )
+    draws = list(_draws(rows))
+    names = list(dict.fromkeys(same[0]["row"] for same in sorted(draws, key=lambda same: _median(same, "wikitext2"))))
     tools = {row["row"] for row in rows if row["channels"] is None}
     markers = "osD^vP*X<>hp8d"
     for axes, name in zip(panels, CORPORA, strict=True):
         base = record["dense"]["results"][name]["ppl"]
         for place, method in enumerate(names):
-            points = sorted((row["removed"] / 1e6, row["results"][name]["ppl"]) for row in rows if row["row"] == method)
+            mine = sorted((same for same in draws if same[0]["row"] == method), key=lambda same: same[0]["ratio"])
+            removed = [statistics.median(row["removed"] for row in same) / 1e6 for same in mine]
+            middle = [_median(same, name) for same in mine]
+            above = [max(row["results"][name]["ppl"] for row in same) - value for same, value in zip(mine, middle, strict=True)]
             style = {"linewidth": 2.5, "zorder": 5} if method in ("best", "default") else {"linewidth": 1.2}
             style |= {"marker": markers[place % len(markers)], "linestyle": "--" if method in tools else "-"}
-            axes.plot(*zip((0, base), *points, strict=True), color=f"C{place % 10}", label=method, **style)
+            bars = [[0] * (len(above) + 1), [0, *above]]
+            color = f"C{place % 10}"
+            axes.errorbar([0, *removed], [base, *middle], yerr=bars, capsize=3, color=color, label=method, **style)
         axes.set_yscale("log")
         axes.set_ylim(0.9 * base, PLOT_TOP)  # a collapsed model would squeeze the others into one line
         axes.yaxis.set_major_formatter("{x:g}")

@@ -24,7 +24,8 @@ class Inputs:
     """What export_inputs.py wrote; windows are int64 `(n, seq_len)`."""
 
     folder: Path
-    setting: dict[str, Any]  # model, windows, seq_len and seed, as in quality.json
+    setting: dict[str, Any]  # model, windows and seq_len, as in quality.json
+    seed: int  # that drew the calibration windows
     calibration: dict[str, torch.Tensor]
     test: dict[str, torch.Tensor]
 
@@ -40,12 +41,12 @@ class Peer:
 def read_inputs(folder: Path) -> Inputs:
     """The windows and their setting; the model is loaded anew for every row."""
     with safe_open(folder / "windows.safetensors", "pt") as file:
-        setting = json.loads(file.metadata()["setting"])
+        setting, seed = json.loads(file.metadata()["setting"]), int(file.metadata()["seed"])
         windows: dict[str, dict[str, torch.Tensor]] = {"calibration": {}, "test": {}}
         for key in file.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
             part, corpus = key.split(".", 1)
             windows[part][corpus] = file.get_tensor(key)
-    return Inputs(folder, setting, **windows)
+    return Inputs(folder, setting, seed, **windows)
 
 
 def load_dense(inputs: Inputs) -> Any:
@@ -82,6 +83,7 @@ def measure(inputs: Inputs, name: str, peer: Peer, ratio: float, corpus: str) ->
         "row": name,
         "ratio": ratio,
         "calibration": corpus,
+        "seed": inputs.seed,
         "calibration_tokens": windows.numel() if peer.calibrated else 0,
         "removed": total - count_parameters(model),
         "kv_groups": None,
@@ -147,7 +149,7 @@ def run(description: str | None, peers: Mapping[str, Peer], argv: Sequence[str] 
     parser.add_argument("--calibrations", nargs="+", help="of the exported ones (default: all)")
     args = parser.parse_args(argv)
     inputs, path = read_inputs(args.inputs), args.output / "quality.json"
-    rows = read_record(path, inputs)["rows"]
+    rows = [row for row in read_record(path, inputs)["rows"] if row["seed"] == inputs.seed]
     done = {(row["row"], row["ratio"], row["calibration"]) for row in rows}
     wanted = product(args.calibrations or inputs.calibration, args.ratios, args.rows)
     missing = [(name, ratio, corpus) for corpus, ratio, name in wanted if (name, ratio, corpus) not in done]

@@ -78,9 +78,9 @@ def recipe(argv: Sequence[str]) -> None:
     for name in CORPORA:
         windows[f"test.{name}"] = load_windows(dense.tokenizer, name, "test", samples=args.windows, **common)
     # in the words of quality.json, so that a row never lands beside rows of other windows
-    setting = {"model": args.base_model, "windows": args.windows, "seq_len": args.seq_len, "seed": args.seed}
+    setting = {"model": args.base_model, "windows": args.windows, "seq_len": args.seq_len}
     windows = {name: rows.contiguous() for name, rows in windows.items()}
-    save_file(windows, args.output / "windows.safetensors", metadata={"setting": json.dumps(setting)})
+    save_file(windows, args.output / "windows.safetensors", metadata={"setting": json.dumps(setting), "seed": str(args.seed)})
     print(f"{args.output}: model and {', '.join(f'{name} {tuple(rows.shape)}' for name, rows in windows.items())}")
 
 
