@@ -45,7 +45,7 @@ from LLMPruner.model.size import count_parameters
 from LLMPruner.model.source import ModelSource, check_seq_len, find_model
 from LLMPruner.plan import PruningPlan
 from LLMPruner.run import logger, start_logging, stop_logging, versions
-from LLMPruner.stages import prune as stages
+from LLMPruner.stages import steps
 from LLMPruner.stages.job import PruneJob
 
 CORPORA = ("wikitext2", "ptb", "news")
@@ -134,10 +134,10 @@ class Bench:
         text = windows.repair
         if job.writes:
             key = ("written", job.prune.self_samples, job.prune.calibration_seq_len)
-            written = charged(self.once(key, lambda: stages.write_repair_text(self.dense, job.prune, self.common)))
-            text = stages.repair_text(text, written, self.common)
+            written = charged(self.once(key, lambda: steps.write_repair_text(self.dense, job.prune, self.common)))
+            text = steps.repair_text(text, written, self.common)
         runner = LayerRunner.of(copy.deepcopy(self.dense.model))
-        charged(clocked(lambda: stages.apply(runner, plan, text, job.prune, self.common)))
+        charged(clocked(lambda: steps.apply(runner, plan, text, job.prune, self.common)))
         if count_parameters(runner.store.model) != plan.total_params:
             raise RunError(f"{name} at {ratio}: the model has other parameters than the plan says, {plan.total_params}")
         return {
@@ -159,14 +159,14 @@ class Bench:
         config, runner, corpus = job.prune, self.dense.runner, job.prune.calibration_dataset
         budget, scores = make_budget(self.geometry, config), None
         if windows.layers is not None:
-            scores = charged(self.once(("layers", corpus), lambda: stages.score_layers(runner, windows.layers, job))).scores
+            scores = charged(self.once(("layers", corpus), lambda: steps.score_layers(runner, windows.layers, job))).scores
         if config.pruning_strategy == "search":
             plan = self.search(job, budget, windows, charged)
         else:
             settings = {"windows": windows.calibration, "seed": self.common.seed}
             score = partial(score_units, runner, self.geometry, config.importance, **settings)
             units = charged(self.once(("units", corpus, config.importance), score))
-            plan = stages.plan_by_scores(budget, config, scores, units)
+            plan = steps.plan_by_scores(budget, config, scores, units)
         if plan.removed_params < config.pruning_ratio * self.geometry.dense_params:
             raise RunError(f"the plan removes {plan.removed_params} parameters, fewer than {config.pruning_ratio}")
         return plan
@@ -180,7 +180,7 @@ class Bench:
         limits = level_limits(budget, config, None)
 
         def start() -> tuple[Fitness, list[dict[int, float]]]:
-            held_out = stages.search_text(self.dense, windows.held_out, config, self.common)
+            held_out = steps.search_text(self.dense, windows.held_out, config, self.common)
             calibration, found = windows.calibration, SearchState()
             fitness = prepare(self.dense.runner, budget, config, calibration, held_out, seed=self.common.seed)
             measure_costs(fitness, limits, found, lambda _: None, math.inf)
@@ -191,7 +191,7 @@ class Bench:
         def go_on() -> PruningPlan:
             state = SearchState(costs=costs)
             improve(fitness, budget, config, limits, state, lambda _: None, math.inf)
-            return stages.plan_of_counts(budget, config, budget.kept(state.levels), fitness.database.scores)
+            return steps.plan_of_counts(budget, config, budget.kept(state.levels), fitness.database.scores)
 
         return charged(self.once(("plan", corpus, config.pruning_ratio), go_on))
 

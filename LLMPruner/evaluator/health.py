@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from LLMPruner.errors import RunError
-from LLMPruner.evaluator.massive import RATIO, largest_ratios, stream_lengths
+from LLMPruner.evaluator.massive import RATIO, largest_ratios, lengths_and_last
 from LLMPruner.families.family import Projection, Sublayer
 from LLMPruner.model.checkpoint import load_checkpoint
 from LLMPruner.model.device import resolve_device
@@ -217,7 +217,7 @@ def _stream_lengths(
     loaded = load_model(source, dtype=dtype, device=device)
     if ids is None:
         ids = torch.tensor([loaded.tokenizer(TEXT).input_ids[: source.geometry.max_positions]])
-    return stream_lengths(loaded.runner, ids), ids
+    return lengths_and_last(loaded.runner, ids)[0], ids
 
 
 @torch.no_grad()

@@ -16,13 +16,14 @@ RATIO = 10.0  # a stream so many times as long as it should be is reported
 
 
 @torch.no_grad()
-def stream_lengths(runner: LayerRunner, windows: torch.Tensor) -> list[torch.Tensor]:
-    """Root mean squares of the residual stream after every layer, float32 `(n, seq_len)` each, on the CPU."""
+def lengths_and_last(runner: LayerRunner, windows: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Root mean squares of the residual stream after every layer, float32 `(n, seq_len)` each, on the CPU, and the hidden
+    states after the last layer `(n, seq_len, hidden)`."""
     hidden, lengths = runner.embed(windows), []
     for index in range(runner.num_layers):
         hidden = runner.layer(index, hidden)
         lengths.append(hidden.float().square().mean(-1).sqrt().cpu())
-    return lengths
+    return lengths, hidden
 
 
 def largest_ratios(lengths: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> list[float]:

@@ -8,6 +8,7 @@ sublayer, and those that stay whole get none.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -105,13 +106,14 @@ def _prunables(index: int, geometry: Geometry, config: PruneConfig, step: int) -
 
 
 def _check_feasible(budget: Budget, config: PruneConfig, layers: int) -> None:
-    """Layers are alike (but for the first one's attention, which stays), so it hardly matters which ones freeze."""
-    smallest, largest = (
-        sum(sublayer.removed(_limits(sublayer, config)[end]) for sublayer in budget.sublayers)
-        * (layers - config.freeze_top_n_layers)
-        // layers
-        for end in (0, 1)
-    )
+    """Which layers freeze is known only when they are scored: the budget must be met whichever they are."""
+    left = max(0, layers - config.freeze_top_n_layers)
+    least, most = defaultdict(int), defaultdict(int)
+    for sublayer in budget.sublayers:
+        for removed, end in ((least, 0), (most, 1)):
+            removed[sublayer.layer] += sublayer.removed(_limits(sublayer, config)[end])
+    smallest = sum(sorted(least.values(), reverse=True)[:left])
+    largest = sum(sorted(most.values())[:left])
     if budget.target > largest:
         why = "every sublayer keeps at least one KV group or rounding step"
         if largest < budget.largest:

@@ -1,7 +1,4 @@
-"""The stages of pruning in order: score, plan, apply, measure, save, fine-tune.
-
-Each stage is a function of its inputs, called alike by `prune`, by the tests and by `benchmarks/`.
-"""
+"""The stages of pruning in order: score, plan, apply, check, measure, save, fine-tune."""
 
 from __future__ import annotations
 
@@ -11,19 +8,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from LLMPruner.config import PLAN_FILE, CommonConfig, PruneConfig
-from LLMPruner.data.windows import PruneWindows, bos_token, interleaved, mixed
+from LLMPruner.config import PLAN_FILE
+from LLMPruner.data.windows import PruneWindows
 from LLMPruner.files import write_text
-from LLMPruner.importance.allocation import allocate, keep_best_units
-from LLMPruner.importance.budget import Budget, adds_bias, level_limits
-from LLMPruner.importance.criteria import UnitScores, score_units
-from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
+from LLMPruner.importance.budget import Budget, level_limits
+from LLMPruner.importance.criteria import score_units
+from LLMPruner.importance.layer_analyzer import LayerImportance
 from LLMPruner.importance.search.state import SearchState
 from LLMPruner.model.load import load_model, load_tokenizer
 from LLMPruner.model.source import check_token_ids
 from LLMPruner.plan import PruningPlan
 from LLMPruner.run import versions
-from LLMPruner.stages import steps
+from LLMPruner.stages import check, steps
 from LLMPruner.stages.job import MODEL_FILE, SEARCH_FILE, PruneJob, check_exports, search_key
 from LLMPruner.stages.recover import train_and_save
 
@@ -31,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from LLMPruner.evaluator.ppl import Perplexity
-    from LLMPruner.model.forward import LayerRunner
     from LLMPruner.model.load import LoadedModel
     from LLMPruner.run import Run
 
@@ -47,19 +42,20 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
         results["original"] = steps.measure(run, loaded, windows.evaluation, "original")
     if job.analyzes:
         with run.stage("layer importance"):
-            importance = score_layers(loaded.runner, windows.layers, job)
-    plan = _decide(job, run, loaded, budget, importance, windows)
+            importance = steps.score_layers(loaded.runner, windows.layers, job)
+    plan, yardstick = _decide(job, run, loaded, budget, importance, windows)
     _report_plan(run, plan, budget)
     if job.dry_run:
         return loaded
     _describe(job, run, plan, importance)
-    text = windows.repair
-    if job.writes:
-        with run.stage("write"):
-            text = repair_text(text, write_repair_text(loaded, job.prune, job.common), job.common)
-    with run.stage(f"apply (repair {job.prune.repair})"):
-        loaded.plan = plan
-        apply(loaded.runner, plan, text, job.prune, job.common)
+    _heal(job, run, loaded, plan, windows.repair)
+    if yardstick is not None:
+        with run.stage("check") as record:
+            job, loaded = check.better(job, loaded, yardstick, record)
+        if loaded.plan is not plan:
+            plan = loaded.plan
+            _report_plan(run, plan, budget)
+            _describe(job, run, plan, None)
     _record(job, run, loaded)
     if job.save:  # before anything that may take long or fail
         steps.save(run, loaded, MODEL_FILE)
@@ -74,68 +70,6 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
         _log_table(plan, results)
     steps.export(run, loaded, job.export)
     return loaded
-
-
-def score_layers(runner: LayerRunner, windows: torch.Tensor, job: PruneJob) -> LayerImportance:
-    """One score per layer, on `windows` `(n, seq_len)`, with its provenance."""
-    return analyze_layers(
-        runner,
-        windows,
-        job.prune.layer_importance_method,
-        corpus=job.prune.calibration_dataset,
-        split="train",
-        seed=job.common.seed,
-        fingerprint=job.source.fingerprint(),
-    )
-
-
-def plan_by_scores(
-    budget: Budget, config: PruneConfig, layer_scores: Sequence[float] | None, units: Sequence[UnitScores]
-) -> PruningPlan:
-    """Split the budget over the layers by their scores, and keep the best units of each."""
-    return plan_of_counts(budget, config, allocate(budget, layer_scores, config, units), units)
-
-
-def plan_of_counts(
-    budget: Budget, config: PruneConfig, kept: dict[tuple[int, str], int], units: Sequence[UnitScores]
-) -> PruningPlan:
-    """The plan that keeps so many units of each sublayer, by `(layer, sublayer)`: the best ones."""
-    return keep_best_units(budget.geometry, kept, units, output_bias=adds_bias(config))
-
-
-def write_repair_text(loaded: LoadedModel, config: PruneConfig, common: CommonConfig) -> torch.Tensor:
-    """Windows for the repair that the model, still dense, writes itself."""
-    from LLMPruner.data.self_text import write_windows
-
-    count, seq_len = config.self_samples, config.calibration_seq_len
-    bos = bos_token(loaded.tokenizer, config.calibration_bos)
-    return write_windows(loaded.model, loaded.tokenizer, samples=count, seq_len=seq_len, seed=common.seed, bos=bos)
-
-
-def repair_text(corpus: torch.Tensor, written: torch.Tensor, common: CommonConfig) -> torch.Tensor:
-    """The repair's windows: those of the corpus and those the dense model wrote, in random order."""
-    return mixed(corpus, written, seed=common.seed)
-
-
-def search_text(loaded: LoadedModel, held_out: torch.Tensor, config: PruneConfig, common: CommonConfig) -> torch.Tensor:
-    """The search's windows: `held_out` of the corpus, and others that the model, still dense, writes itself."""
-    count = min(config.search_windows[1], len(held_out))  # no more than the corpus has, however many tokens are asked for
-    if count == 0:
-        return held_out
-    from LLMPruner.data.self_text import write_windows
-
-    seed = common.seed + 1  # not what the repair is fitted on
-    settings = {"seq_len": held_out.shape[1], "bos": bos_token(loaded.tokenizer, config.calibration_bos)}
-    written = write_windows(loaded.model, loaded.tokenizer, samples=count, seed=seed, **settings)
-    return interleaved(held_out, written, seed=common.seed)
-
-
-def apply(runner: LayerRunner, plan: PruningPlan, text: torch.Tensor | None, config: PruneConfig, common: CommonConfig) -> None:
-    """Slice the runner's model to `plan` and heal it on `text` `(n, seq_len)`, in place."""
-    from LLMPruner.methods.apply import apply_plan
-
-    distillation = {"distill_epochs": config.distill_epochs, "distill_model_epochs": config.distill_model_epochs}
-    apply_plan(runner, plan, repair=config.repair, windows=text, seed=common.seed, **distillation)
 
 
 def _load(job: PruneJob, run: Run, budget: Budget) -> tuple[LoadedModel, PruneWindows]:
@@ -160,20 +94,21 @@ def _load(job: PruneJob, run: Run, budget: Budget) -> tuple[LoadedModel, PruneWi
 
 def _decide(
     job: PruneJob, run: Run, loaded: LoadedModel, budget: Budget, importance: LayerImportance | None, windows: PruneWindows
-) -> PruningPlan:
-    """The plan by the job's strategy: weights of layer scores, one ranking of all units, or the search."""
+) -> tuple[PruningPlan, check.Yardstick | None]:
+    """The plan by the job's strategy: weights of layer scores, one ranking of all units, or the search, which also leaves a
+    yardstick for what it healed."""
     scores, config = None if importance is None else importance.scores, job.prune
     if config.pruning_strategy == "search":
         return _search(job, run, loaded, budget, scores, windows)
     with run.stage("plan"):
         seed = job.common.seed
         units = score_units(loaded.runner, budget.geometry, config.importance, windows=windows.calibration, seed=seed)
-        return plan_by_scores(budget, config, scores, units)
+        return steps.plan_by_scores(budget, config, scores, units), None
 
 
 def _search(
     job: PruneJob, run: Run, loaded: LoadedModel, budget: Budget, scores: Sequence[float] | None, windows: PruneWindows
-) -> PruningPlan:
+) -> tuple[PruningPlan, check.Yardstick]:
     from LLMPruner.importance.search.search import find_levels, prepare
 
     key, path, config = search_key(job), run.dir / SEARCH_FILE, job.prune
@@ -185,11 +120,22 @@ def _search(
 
     with run.stage("search"):
         deadline = time.monotonic() + 60 * config.search_minutes
-        held_out = search_text(loaded, windows.held_out, config, job.common)
+        held_out = steps.search_text(loaded, windows.held_out, config, job.common)
         fitness = prepare(loaded.runner, budget, config, windows.calibration, held_out, seed=job.common.seed)
         limits = level_limits(budget, config, scores)
         find_levels(fitness, budget, config, limits=limits, state=state, save=save, deadline=deadline)
-        return plan_of_counts(budget, config, budget.kept(state.levels), fitness.database.scores)
+        plan = steps.plan_of_counts(budget, config, budget.kept(state.levels), fitness.database.scores)
+        return plan, check.Yardstick.of(loaded.runner, held_out, state.fitness)
+
+
+def _heal(job: PruneJob, run: Run, loaded: LoadedModel, plan: PruningPlan, text: torch.Tensor | None) -> None:
+    """Slice the model to `plan` and heal it on `text` and, where asked for, on what it wrote before."""
+    if job.writes:
+        with run.stage("write"):
+            text = steps.repair_text(text, steps.write_repair_text(loaded, job.prune, job.common), job.common)
+    with run.stage(f"apply (repair {job.prune.repair})"):
+        loaded.plan = plan
+        steps.apply(loaded.runner, plan, text, job.prune, job.common)
 
 
 def _report_plan(run: Run, plan: PruningPlan, budget: Budget) -> None:

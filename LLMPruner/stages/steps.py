@@ -1,20 +1,91 @@
-"""Steps that pruning and recovery share, each a stage of a run: measure, save, export."""
+"""The stages of a run, each a function of its inputs: called alike by the scripts, by the tests and by `benchmarks/`."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from LLMPruner.config import ExportConfig
+from LLMPruner.config import CommonConfig, ExportConfig, PruneConfig
+from LLMPruner.data.windows import bos_token, interleaved, mixed
+from LLMPruner.importance.allocation import allocate, keep_best_units
+from LLMPruner.importance.budget import Budget, adds_bias
+from LLMPruner.importance.criteria import UnitScores
+from LLMPruner.importance.layer_analyzer import LayerImportance, analyze_layers
+from LLMPruner.plan import PruningPlan
+from LLMPruner.stages.job import PruneJob
 
 if TYPE_CHECKING:
     import torch
 
     from LLMPruner.evaluator.ppl import Perplexity
+    from LLMPruner.model.forward import LayerRunner
     from LLMPruner.model.load import LoadedModel
     from LLMPruner.run import Run
 
 logger = logging.getLogger("LLMPruner")
+
+
+def score_layers(runner: LayerRunner, windows: torch.Tensor, job: PruneJob) -> LayerImportance:
+    """One score per layer, on `windows` `(n, seq_len)`, with its provenance."""
+    return analyze_layers(
+        runner,
+        windows,
+        job.prune.layer_importance_method,
+        corpus=job.prune.calibration_dataset,
+        split="train",
+        seed=job.common.seed,
+        fingerprint=job.source.fingerprint(),
+    )
+
+
+def plan_by_scores(
+    budget: Budget, config: PruneConfig, layer_scores: Sequence[float] | None, units: Sequence[UnitScores]
+) -> PruningPlan:
+    """Split the budget over the layers by their scores, and keep the best units of each."""
+    return plan_of_counts(budget, config, allocate(budget, layer_scores, config, units), units)
+
+
+def plan_of_counts(
+    budget: Budget, config: PruneConfig, kept: dict[tuple[int, str], int], units: Sequence[UnitScores]
+) -> PruningPlan:
+    """The plan that keeps so many units of each sublayer, by `(layer, sublayer)`: the best ones."""
+    return keep_best_units(budget.geometry, kept, units, output_bias=adds_bias(config))
+
+
+def write_repair_text(loaded: LoadedModel, config: PruneConfig, common: CommonConfig) -> torch.Tensor:
+    """Windows for the repair that the model, still dense, writes itself."""
+    from LLMPruner.data.self_text import write_windows
+
+    count, seq_len = config.self_samples, config.calibration_seq_len
+    bos = bos_token(loaded.tokenizer, config.calibration_bos)
+    return write_windows(loaded.model, loaded.tokenizer, samples=count, seq_len=seq_len, seed=common.seed, bos=bos)
+
+
+def repair_text(corpus: torch.Tensor, written: torch.Tensor, common: CommonConfig) -> torch.Tensor:
+    """The repair's windows: those of the corpus and those the dense model wrote, in random order."""
+    return mixed(corpus, written, seed=common.seed)
+
+
+def search_text(loaded: LoadedModel, held_out: torch.Tensor, config: PruneConfig, common: CommonConfig) -> torch.Tensor:
+    """The search's windows: `held_out` of the corpus, and others that the model, still dense, writes itself."""
+    count = min(config.search_windows[1], len(held_out))  # no more than the corpus has, however many tokens are asked for
+    if count == 0:
+        return held_out
+    from LLMPruner.data.self_text import write_windows
+
+    seed = common.seed + 1  # not what the repair is fitted on
+    settings = {"seq_len": held_out.shape[1], "bos": bos_token(loaded.tokenizer, config.calibration_bos)}
+    written = write_windows(loaded.model, loaded.tokenizer, samples=count, seed=seed, **settings)
+    return interleaved(held_out, written, seed=common.seed)
+
+
+def apply(runner: LayerRunner, plan: PruningPlan, text: torch.Tensor | None, config: PruneConfig, common: CommonConfig) -> None:
+    """Slice the runner's model to `plan` and heal it on `text` `(n, seq_len)`, in place."""
+    from LLMPruner.methods.apply import apply_plan
+
+    distillation = {"distill_epochs": config.distill_epochs, "distill_model_epochs": config.distill_model_epochs}
+    apply_plan(runner, plan, repair=config.repair, windows=text, seed=common.seed, **distillation)
 
 
 def measure(run: Run, loaded: LoadedModel, windows: dict[str, torch.Tensor], label: str) -> list[Perplexity]:

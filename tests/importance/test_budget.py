@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -47,6 +48,21 @@ def test_an_infeasible_ratio_names_one_that_is_feasible(request):
 def test_an_impossible_request_is_refused_by_its_flag(geometry, settings, complaint):
     with pytest.raises(UsageError, match=complaint):
         make_budget(geometry, PruneConfig(**settings))
+
+
+def test_a_budget_holds_whichever_layers_freeze():
+    """The first attention alone may not go whole: with it among the layers left, the least can be removed."""
+    settings = {"prune_mlp": True, "freeze_top_n_layers": 1, "max_pruning_rate": 1.0, "round_to": 24}
+    search = {"pruning_strategy": "search", "allow_sublayer_removal": True}
+    with pytest.raises(UsageError, match="--freeze_top_n_layers limit what may go, so the largest feasible ratio") as refused:
+        make_budget(TINY, PruneConfig(0.7, **settings, **search))
+    named = float(re.search(r"ratio here is ([\d.]+)", str(refused.value))[1])
+    config = PruneConfig(named, **settings, **search)
+    budget = make_budget(TINY, config)
+    for important in range(4):
+        limits = level_limits(budget, config, [5.0 if layer == important else 1.0 for layer in range(4)])
+        levels = round_levels(budget.target, budget.sublayers, limits, [0.0] * len(limits))
+        assert sum(s.removed(level) for s, level in zip(budget.sublayers, levels, strict=True)) >= budget.target
 
 
 def test_the_base_is_the_model_only_when_all_of_it_is_pruned():

@@ -23,6 +23,7 @@ from LLMPruner.model.source import find_model
 from LLMPruner.plan import PruningPlan
 from LLMPruner.run import Run
 from LLMPruner.stages import prune as stages
+from LLMPruner.stages import steps
 from LLMPruner.stages.job import PruneJob, check_prune
 
 SMALL = ["--layer_importance_samples=6", "--channel_importance_samples=8", "--calibration_seq_len=64", "--prune_mlp"]
@@ -49,21 +50,21 @@ def by_hand(job: PruneJob) -> LoadedModel:
     tokenizer = load_tokenizer(job.source)
     windows = job.windows(tokenizer)
     loaded = load_model(job.source, dtype=common.dtype, device=common.device, tokenizer=tokenizer)
-    scores = stages.score_layers(loaded.runner, windows.layers, job).scores if job.analyzes else None
+    scores = steps.score_layers(loaded.runner, windows.layers, job).scores if job.analyzes else None
     if config.pruning_strategy == "search":
-        held_out, state = stages.search_text(loaded, windows.held_out, config, common), SearchState()
+        held_out, state = steps.search_text(loaded, windows.held_out, config, common), SearchState()
         fitness = prepare(loaded.runner, budget, config, windows.calibration, held_out, seed=common.seed)
         limits = level_limits(budget, config, scores)
         find_levels(fitness, budget, config, limits=limits, state=state, save=lambda _: None, deadline=math.inf)
-        plan = stages.plan_of_counts(budget, config, budget.kept(state.levels), fitness.database.scores)
+        plan = steps.plan_of_counts(budget, config, budget.kept(state.levels), fitness.database.scores)
     else:
         settings = {"windows": windows.calibration, "seed": common.seed}
         units = score_units(loaded.runner, budget.geometry, config.importance, **settings)
-        plan = stages.plan_by_scores(budget, config, scores, units)
+        plan = steps.plan_by_scores(budget, config, scores, units)
     text = windows.repair
     if job.writes:
-        text = stages.repair_text(text, stages.write_repair_text(loaded, config, common), common)
-    stages.apply(loaded.runner, plan, text, config, common)
+        text = steps.repair_text(text, steps.write_repair_text(loaded, config, common), common)
+    steps.apply(loaded.runner, plan, text, config, common)
     loaded.plan = plan
     return loaded
 
@@ -116,7 +117,7 @@ def test_a_dry_run_leaves_the_model_and_the_disk_as_they_were(flags, loaded):
 def test_layer_scores_come_with_what_they_were_measured_on(flags):
     job = script.build_job(script.parse([*flags, "--layer_importance_method=activation", "--seed=5"]))
     runner, windows = LayerRunner.of(tiny_model()), random_windows(3, 8)
-    scores = stages.score_layers(runner, windows, job)
+    scores = steps.score_layers(runner, windows, job)
     assert list(scores.scores) == LAYER_METHODS["activation"](runner, windows)
     assert (scores.method, scores.samples, scores.seq_len, scores.seed) == ("activation", 3, 8, 5)
     assert (scores.corpus, scores.split, scores.fingerprint) == ("wikitext2", "train", job.source.fingerprint())
@@ -128,10 +129,10 @@ def test_a_plan_keeps_the_best_units_and_adds_a_bias_where_the_repair_will(loade
     budget = make_budget(loaded.plan.geometry, config)
     units = [UnitScores(torch.tensor([1.0, 2.0]), torch.arange(96.0))] * 4
     kept = {(layer, kind): count for layer in range(4) for kind, count in (("attention", 1), ("mlp", 48))}
-    plan = stages.plan_of_counts(budget, config, kept, units)
+    plan = steps.plan_of_counts(budget, config, kept, units)
     assert plan.output_bias == (repair == "bias")
     assert {(layer.kv_groups, layer.channels) for layer in plan.layers} == {((1,), tuple(range(48, 96)))}
-    chosen = stages.plan_by_scores(budget, config, [1.0] * 4, units)
+    chosen = steps.plan_by_scores(budget, config, [1.0] * 4, units)
     assert chosen.removed_params >= budget.target and chosen.output_bias == plan.output_bias
     assert all(layer.kv_groups in ((1,), (0, 1)) and layer.channels[-1] == 95 for layer in chosen.layers)
 
@@ -142,25 +143,23 @@ def rows(windows: torch.Tensor) -> list[tuple[int, ...]]:
 
 def test_the_repair_reads_the_corpus_and_what_the_model_wrote_in_an_order_of_the_seed(loaded):
     config, common = PruneConfig(calibration_seq_len=16, self_samples=3), CommonConfig(seed=5)
-    written, corpus = stages.write_repair_text(loaded, config, common), random_windows(5, 16)
-    assert written.shape == (3, 16) and written.equal(stages.write_repair_text(loaded, config, common))
-    assert not written.equal(stages.write_repair_text(loaded, config, replace(common, seed=6)))
-    both = stages.repair_text(corpus, written, common)
-    assert rows(both) == sorted(rows(corpus) + rows(written)) and both.equal(stages.repair_text(corpus, written, common))
-    assert not both.equal(stages.repair_text(corpus, written, replace(common, seed=6)))
+    written, corpus = steps.write_repair_text(loaded, config, common), random_windows(5, 16)
+    assert written.shape == (3, 16) and written.equal(steps.write_repair_text(loaded, config, common))
+    assert not written.equal(steps.write_repair_text(loaded, config, replace(common, seed=6)))
+    both = steps.repair_text(corpus, written, common)
+    assert rows(both) == sorted(rows(corpus) + rows(written)) and both.equal(steps.repair_text(corpus, written, common))
+    assert not both.equal(steps.repair_text(corpus, written, replace(common, seed=6)))
     assert rows(both[:5]) != rows(corpus), "a repair holds out every fourth window, which must not be of one kind"
 
 
 def test_no_more_is_written_for_a_search_than_its_corpus_has(loaded):
     """Many tokens asked of a small corpus must not become hours of writing."""
     config, held_out = PruneConfig(pruning_strategy="search", calibration_seq_len=16, search_tokens=640), random_windows(3, 16)
-    text = stages.search_text(loaded, held_out, config, CommonConfig())
+    text = steps.search_text(loaded, held_out, config, CommonConfig())
     assert text.shape == (6, 16)
     assert {tuple(row) for row in held_out.tolist()} < {tuple(row) for row in text.tolist()}
     alone = PruneConfig(pruning_strategy="search", calibration_seq_len=16, search_tokens=16)
-    assert stages.search_text(loaded, held_out[:1], alone, CommonConfig()).equal(held_out[:1]), (
-        "a single window is the corpus's"
-    )
+    assert steps.search_text(loaded, held_out[:1], alone, CommonConfig()).equal(held_out[:1]), "a single window is the corpus's"
 
 
 def test_applying_without_a_repair_needs_no_text_and_only_slices(loaded):
@@ -168,8 +167,8 @@ def test_applying_without_a_repair_needs_no_text_and_only_slices(loaded):
     budget = make_budget(loaded.plan.geometry, config)
     dense = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
     units = score_units(loaded.runner, budget.geometry, "magnitude", windows=None, seed=0)
-    plan = stages.plan_by_scores(budget, config, [1.0] * 4, units)
-    stages.apply(loaded.runner, plan, None, config, CommonConfig())
+    plan = steps.plan_by_scores(budget, config, [1.0] * 4, units)
+    steps.apply(loaded.runner, plan, None, config, CommonConfig())
     for index, layer in enumerate(plan.layers):
         name = f"model.layers.{index}.mlp.down_proj.weight"
         assert loaded.model.state_dict()[name].equal(dense[name][:, list(layer.channels)])
