@@ -33,7 +33,7 @@ def diagnose(args: argparse.Namespace) -> Diagnosis:
     """Find and examine the model. Raises UsageError where there is none: a file that is there and damaged is a diagnosis."""
     settings = cli.common_config(args)
     try:
-        source = find_model(args.model_path, "--model_path")
+        source = find_model(args.model_path, "--model_path", faulty=True)  # what is wrong with its weights is what is asked
     except DamagedError as error:
         from LLMPruner.evaluator.health import unreadable
 
@@ -61,7 +61,7 @@ def recipe(argv: Sequence[str]) -> int:
         check_output_file(args.save_report, "--save_report")
     diagnosis = diagnose(args)
 
-    from LLMPruner.evaluator.health import report_text
+    from LLMPruner.evaluator.report import report_text
 
     report = report_text(diagnosis)
     print(report, end="")

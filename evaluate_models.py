@@ -59,7 +59,7 @@ def recipe(argv: Sequence[str]) -> None:
         check_seq_len(source, "--seq_len", evaluation.seq_len)
     efficiency = efficiency_config(args, sources) if args.efficiency else None
     for name in evaluation.datasets:
-        check_corpus(name, common.data_dir, "test", evaluation.seq_len)
+        check_corpus(name, common.data_dir, "test", evaluation.seq_len, common.text_format)
 
     from LLMPruner.evaluator.compare import compare
 

@@ -17,6 +17,7 @@ from LLMPruner.config import (
     EXPORT_FORMATS,
     GGUF_TYPES,
     PRESETS,
+    TEXT_FORMATS,
     CommonConfig,
     EvalConfig,
     ExportConfig,
@@ -90,6 +91,7 @@ def _finish(message: object, code: int, note: str = "") -> int:
 # What a flag may be, where its type does not say so; the registries are what there is.
 CHOICES: dict[str, Any] = {
     "dtype": DTYPES,
+    "text_format": TEXT_FORMATS,
     "ratio_base": ("auto", "model", "selected"),
     "layer_importance_method": LAYER_METHODS,
     "pruning_strategy": STRATEGIES,
@@ -129,7 +131,7 @@ def settings_of(config: type, args: argparse.Namespace, prefix: str = "") -> dic
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """--seed, --dtype, --device, --data_dir: the same on every script."""
+    """--seed, --dtype, --device, --data_dir, --text_format: the same on every script."""
     add_settings(parser, CommonConfig, "machine and data")
 
 
@@ -167,7 +169,10 @@ def add_training_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
 def add_gguf_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """--gguf_type."""
     parser.add_argument(
-        "--gguf_type", choices=GGUF_TYPES, default=ExportConfig().gguf_type, help="precision of a GGUF; auto: the weights' own"
+        "--gguf_type",
+        choices=GGUF_TYPES,
+        default=ExportConfig().gguf_type,
+        help="precision of a GGUF; auto: the weights' own; for K-quants go on with llama-quantize",
     )
 
 
@@ -213,11 +218,11 @@ def finetune_config(args: argparse.Namespace, prefix: str, method: str) -> Finet
 
 def eval_config(args: argparse.Namespace, seq_len: int) -> EvalConfig:
     """Evaluation settings of the flags, over windows of `seq_len`."""
-    return EvalConfig(tuple(args.eval_datasets), seq_len, args.eval_samples)
+    return EvalConfig(tuple(args.eval_datasets), seq_len, args.eval_samples, args.text_format)
 
 
 def common_config(args: argparse.Namespace) -> CommonConfig:
-    """Seed, precision, device and data folder of the flags."""
+    """Seed, precision, device, data folder and text format of the flags."""
     return CommonConfig(**settings_of(CommonConfig, args))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from LLMPruner.errors import UsageError
 
+TEXT_FORMATS = ("clean", "raw")  # what they are says data/corpora.py
+
 
 def setting(default: Any, help: str, group: str | None = None) -> Any:
     """A field that is a flag; `group` is the heading it stands under in `--help`, that of the field before where None."""
@@ -34,10 +36,16 @@ class CommonConfig:
     data_dir: str | None = setting(
         None, "folder with local corpora (wikitext-2-raw/test.txt and the like), looked at before the hub"
     )
+    text_format: str = setting(
+        "clean",
+        "how rows become one text; clean: without empty rows and line ends; raw: all as they come, as papers measure PPL",
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # numpy, which the Trainer seeds, takes no more
             raise UsageError(f"--seed must lie between 0 and {2**32 - 1}, got {self.seed}")
+        if self.text_format not in TEXT_FORMATS:
+            raise UsageError(f"--text_format must be {' or '.join(TEXT_FORMATS)}, got {self.text_format}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class EvalConfig:
     datasets: tuple[str, ...] = setting(("wikitext2",), "corpora to report PPL on")
     seq_len: int = setting(128, "tokens of an evaluation window")
     samples: int = setting(0, "windows spread evenly over the test split; 0: all")
+    text_format: str = "clean"  # that of the run: CommonConfig has the flag
 
     def __post_init__(self) -> None:
         if not self.datasets:

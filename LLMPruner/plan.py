@@ -50,6 +50,7 @@ class Geometry:
         family = family_of(config.get("model_type", "llama"))
         if family is None:
             raise UsageError(f"model_type {config.get('model_type')!r} is of no family in families/: {', '.join(FAMILIES)}")
+        config = {**family.defaults, **config}
         try:
             heads = config["num_attention_heads"]
             return cls(
@@ -63,7 +64,7 @@ class Geometry:
                 tied_embeddings=bool(config.get("tie_word_embeddings", False)),
                 attention_bias=bool(config.get("attention_bias", False)),
                 mlp_bias=bool(config.get("mlp_bias", False)),
-                max_positions=config.get("max_position_embeddings") or 2048,
+                max_positions=family.positions(config) or cls.max_positions,
                 family=family.model_type,
             )
         except (KeyError, TypeError, ZeroDivisionError) as error:

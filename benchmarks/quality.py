@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script of t
 import torch
 
 from LLMPruner import cli
-from LLMPruner.config import PRESETS, CommonConfig, EvalConfig, PruneConfig, require_at_least
+from LLMPruner.config import PRESETS, TEXT_FORMATS, CommonConfig, EvalConfig, PruneConfig, require_at_least
 from LLMPruner.data.corpora import check_corpus
 from LLMPruner.data.windows import PruneWindows, evaluation_windows
 from LLMPruner.errors import RunError, UsageError
@@ -63,6 +63,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--data_dir", required=True, help="folder with wikitext-2-raw and ptb")
+    parser.add_argument(
+        "--text_format", default="clean", choices=TEXT_FORMATS, help="how rows become one text; raw: as in papers"
+    )
     parser.add_argument("--base_model", default="embedded")
     parser.add_argument("--rows", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.15, 0.25, 0.35], help="of the whole model")
@@ -204,24 +207,27 @@ def prune_config(name: str, ratio: float, corpus: str) -> PruneConfig:
 def recipe(argv: Sequence[str]) -> None:
     """Check, then measure what is missing; write the JSON after every row, the table and the plot at the end."""
     args = parse(argv)
-    common = [CommonConfig(seed=seed, data_dir=args.data_dir) for seed in args.seeds][0]  # every seed is checked
+    text = {"data_dir": args.data_dir, "text_format": args.text_format}
+    common = [CommonConfig(seed=seed, **text) for seed in args.seeds][0]  # every seed is checked
     require_at_least("--seq_len", args.seq_len, 2)  # EvalConfig has other names for both
     require_at_least("--windows", args.windows, 0)
-    evaluation = EvalConfig(CORPORA, args.seq_len, args.windows)
+    evaluation = EvalConfig(CORPORA, args.seq_len, args.windows, args.text_format)
     source = find_model(args.base_model, "--base_model")
     check_seq_len(source, "--seq_len", args.seq_len)
     for corpus in CORPORA:
-        check_corpus(corpus, args.data_dir, "test", args.seq_len)
+        check_corpus(corpus, args.data_dir, "test", args.seq_len, args.text_format)
     wanted = list(product(dict.fromkeys(args.seeds), args.calibrations, args.ratios, args.rows))
     for _, corpus, ratio, name in wanted:
-        check_corpus(corpus, args.data_dir, "train")
+        check_corpus(corpus, args.data_dir, "train", text_format=args.text_format)
         make_budget(source.geometry, prune_config(name, ratio, corpus))
     if args.output.exists() and not args.output.is_dir():
         raise UsageError(f"--output {args.output} is not a folder")
     path = args.output / "quality.json"
-    setting = {"model": args.base_model, "windows": args.windows, "seq_len": args.seq_len}
+    setting = {"model": args.base_model, "windows": args.windows, "seq_len": args.seq_len, "text_format": args.text_format}
     setting["dtype"] = dtype_name(resolve_dtype(common.dtype, resolve_device(common.device)))
-    record = read_json_file(path, "the record") if path.exists() else {**setting, "versions": versions(), "rows": []}
+    record = {**setting, "versions": versions(), "rows": []}
+    if path.exists():
+        record = {"text_format": "clean"} | read_json_file(path, "the record")  # older records do not say it
     if any(record[key] != value for key, value in setting.items()):
         raise UsageError(f"{path} was measured with other settings: pass another --output")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -271,7 +277,9 @@ def table(record: dict[str, Any]) -> str:
     dense = record["dense"]["results"]
     for corpus in sorted({row["calibration"] for row in record["rows"]}, reverse=True):
         lines += [
-            f"Calibrated on {corpus}, {record['windows']} windows of {record['seq_len']} per corpus, {record['dtype']}:",
+            f"Calibrated on {corpus}, {record['windows']} windows of {record['seq_len']} per corpus, {record['dtype']}"
+            + ", raw text" * (record.get("text_format") == "raw")
+            + ":",
             "",
         ]
         head = ["ratio", "method", "seeds", *(f"PPL {name}" for name in CORPORA), *(f"KL {name}" for name in CORPORA)]

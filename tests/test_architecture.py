@@ -131,4 +131,4 @@ def test_modules_and_functions_are_of_a_size_to_hold_in_one_look(module):
 def test_a_layer_is_described_in_one_place():
     """Names of projections stand in the families' tables, and where formats have names of their own for them."""
     found = {module for module in MODULES if '_proj"' in (PACKAGE / f"{module}.py").read_text()}
-    assert found == {"families/llama", "export/gguf", "export/modeling_pruned_llama"}
+    assert found == {"families/llama", "families/gguf", "export/modeling_pruned_llama"}

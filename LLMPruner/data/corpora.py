@@ -1,9 +1,21 @@
 """Named corpora and local files as text; the train, validation and test splits are kept apart.
 
 A corpus is looked for in `--data_dir` first (`<folder>/<split>.{txt,parquet,jsonl}`), then on the hub. A path to a local
-file works as a corpus name too. Every corpus is a list of rows; empty rows are dropped and the rest is joined by blank
-lines into one text, the usual perplexity text, so local copies and the hub give the same tokens. Of a corpus of `documents`,
-too many to be read whole, a part in random order is read row by row.
+file works as a corpus name too. Every corpus is a list of rows, of which those that are missing (null) count for nothing.
+`--text_format` says how the others become one text; a PPL on one of the two says nothing about a PPL on the other:
+
+- `clean`, the default: empty rows go, the others lose the line ends around them, and "\\n\\n" joins them.
+- `raw`, the text that papers measure on (GPTQ, SparseGPT, Wanda: `"\\n\\n".join(test["text"])`): "\\n\\n" joins all rows as
+  they come, with their line ends and with those that are empty. Of PTB papers join the sentences, which have no line ends,
+  by single blanks (SparseGPT, GPTQ's ptb_new), and so does `raw`. c4 is a random part here, in either format: no paper's.
+
+The rows of a .txt are its lines, as the hub makes WikiText's rows of the original files: a line that says something keeps
+the "\\n" at its end, any other is the row "". So the original file, whose empty lines are " \\n", and the hub's table give the
+same text in both formats. WikiText-2's test split has 4,358 rows, 1,467 of them empty: 1,296,370 bytes raw and 1,290,545
+clean; the difference is 1,467 joints of two line ends and the 2,891 line ends of rows, 1% of SmolLM2's tokens. A copy that
+left the empty rows out is the same `clean` and cannot be the papers' `raw`: `data.windows` warns of it.
+
+Of a corpus of `documents`, too many to be read whole, a part in random order is read row by row.
 """
 
 from __future__ import annotations
@@ -13,18 +25,17 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from LLMPruner.data.local import SUFFIXES, read_rows
 from LLMPruner.errors import UsageError
 from LLMPruner.files import existing_path
 
 logger = logging.getLogger("LLMPruner")
-
-SUFFIXES = (".txt", ".parquet", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,13 @@ class Corpus:
     revision: str | None = None
     files: dict[str, str] | None = None  # by split
     halves: dict[str, int] | None = None  # splits that share a file: of its rows every second from this one on
+    raw_joint: str = "\n\n"  # what papers put between two rows
     documents: bool = False  # rows are texts of their own, and too many to be read whole where a few windows are wanted
 
 
 CORPORA = {
     "wikitext2": Corpus("wikitext-2-raw", config="wikitext-2-raw-v1", hub="Salesforce/wikitext"),
-    "ptb": Corpus("ptb", hub="ptb-text-only/ptb_text_only", column="sentence", revision="refs/convert/parquet"),
+    "ptb": Corpus("ptb", hub="ptb-text-only/ptb_text_only", column="sentence", revision="refs/convert/parquet", raw_joint=" "),
     "c4": Corpus(
         "c4",
         hub="allenai/c4",
@@ -60,27 +72,37 @@ CORPORA = {
 }
 
 
-def check_corpus(name: str, data_dir: str | None, split: str, seq_len: int = 1) -> None:
-    """Raise UsageError when the corpus is unknown, cannot be reached, or cannot hold a window of `seq_len` tokens.
+def check_corpus(name: str, data_dir: str | None, split: str, seq_len: int = 1, text_format: str = "clean") -> None:
+    """Raise UsageError when the corpus is unknown, cannot be read, or cannot hold a window of `seq_len` tokens.
 
     No tokenizer is needed: a token is at least one byte.
     """
     if data_dir is not None and not existing_path(data_dir, "--data_dir").is_dir():
         raise UsageError(f"--data_dir {data_dir} is not a folder")
-    if name in CORPORA or existing_path(name, "corpus").is_file():
-        if Path(name).suffix not in SUFFIXES and name not in CORPORA:
-            raise UsageError(f"corpus file {name} must end in {', '.join(SUFFIXES)}")
-        size = 0
-        for document in documents(name, split, data_dir, seed=0) if reads_a_part(name) else [load_text(name, split, data_dir)]:
-            size += len(document.encode())
-            if size >= seq_len:
-                break
-        if size < seq_len:
-            raise UsageError(f"corpus {name}, split {split}, has {size} bytes: shorter than one window of {seq_len}")
-        return
-    raise UsageError(
-        f"unknown corpus {name!r}: use one of {', '.join(sorted(CORPORA))}, or the path of a local {'/'.join(SUFFIXES)} file"
-    )
+    if name not in CORPORA:
+        _check_file(name)
+    size = 0
+    if reads_a_part(name):
+        texts: Iterable[str] = documents(name, split, data_dir, seed=0, text_format=text_format)
+    else:
+        texts = [load_text(name, split, data_dir, text_format)]
+    for text in texts:
+        size += len(text.encode())
+        if size >= seq_len:
+            break
+    if size < seq_len:
+        raise UsageError(f"corpus {name}, split {split}, has {size} bytes: shorter than one window of {seq_len}")
+
+
+def _check_file(name: str) -> None:
+    place = existing_path(name, "corpus")
+    if not place.is_file():
+        known, folder = ", ".join(sorted(CORPORA)), " (a folder)" if name and place.is_dir() else ""
+        raise UsageError(
+            f"unknown corpus {name!r}{folder}: use one of {known}, or the path of a local {'/'.join(SUFFIXES)} file"
+        )
+    if place.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"corpus file {name} must end in {', '.join(SUFFIXES)}")
 
 
 def describe(name: str) -> str:
@@ -90,12 +112,18 @@ def describe(name: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def load_text(name: str, split: str, data_dir: str | None = None) -> str:
-    """The rows of one split joined by blank lines. Raises UsageError when the corpus cannot be reached or lacks the split."""
-    rows = [_clean(row) for row in _rows(name, split, data_dir) if _says_something(row)]
-    if not rows:
+def load_text(name: str, split: str, data_dir: str | None = None, text_format: str = "clean") -> str:
+    """The rows of one split as one text. Raises UsageError when the corpus cannot be read or lacks the split."""
+    rows = (_formatted(row, name, text_format) for row in _rows(name, split, data_dir))
+    texts = [text for text in rows if text is not None]
+    if not any(text.strip() for text in texts):
         raise UsageError(f"corpus {name}, split {split}, is empty")
-    return "\n\n".join(rows)
+    return joint(name, text_format).join(texts)
+
+
+def joint(name: str, text_format: str) -> str:
+    """What stands between two rows of the corpus."""
+    return CORPORA[name].raw_joint if text_format == "raw" and name in CORPORA else "\n\n"
 
 
 def reads_a_part(name: str) -> bool:
@@ -103,64 +131,49 @@ def reads_a_part(name: str) -> bool:
     return name in CORPORA and CORPORA[name].documents
 
 
-def documents(name: str, split: str, data_dir: str | None, *, seed: int) -> Iterator[str]:
+def documents(name: str, split: str, data_dir: str | None, *, seed: int, text_format: str = "clean") -> Iterator[str]:
     """The rows of one split in a random order, one at a time: the table itself stays on disk. Raises as `load_text`."""
     rows = _rows(name, split, data_dir)
     found = False
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     for place in order:
-        if _says_something(row := rows[place]):
-            found = True
-            yield _clean(row)
+        text = _formatted(rows[place], name, text_format)
+        if text is not None:
+            found = found or bool(text.strip())
+            yield text
     if not found:
         raise UsageError(f"corpus {name}, split {split}, is empty")
 
 
-def _clean(row: str) -> str:
-    return row.strip("\n")
-
-
-def _says_something(row: str | None) -> bool:
-    return bool(row and row.strip())  # a table's missing rows are None
+def _formatted(row: str | None, name: str, text_format: str) -> str | None:
+    """What a row adds to the text; None: nothing, not even a blank line."""
+    if row is None:
+        return None
+    if text_format == "clean":
+        return row.strip("\n") if row.strip() else None
+    return row.strip() if joint(name, text_format) == " " else row  # the blanks around PTB's lines are not in the hub's rows
 
 
 def _rows(name: str, split: str, data_dir: str | None) -> Sequence[str | None]:
     local = _local_file(name, data_dir, split)
     if local is not None:
-        return _read_file(local, CORPORA[name].column if name in CORPORA else "text")
+        return read_rows(local, CORPORA[name].column if name in CORPORA else "text")
     return _news_rows(split) if name == "news" else _hub_rows(name, split)
 
 
 def _local_file(name: str, data_dir: str | None, split: str) -> Path | None:
     if name not in CORPORA:
         return Path(name).expanduser()
-    if data_dir is None:
+    folder = None if data_dir is None else Path(data_dir, CORPORA[name].folder).expanduser()
+    if folder is None or not folder.is_dir():
         return None
-    for suffix in SUFFIXES:
-        path = Path(data_dir, CORPORA[name].folder, split + suffix)
-        if path.is_file():
-            return path
-    return None
-
-
-def _read_file(path: Path, column: str) -> Sequence[str | None]:
-    if path.suffix == ".txt":
-        try:
-            return path.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path} is not a readable .txt file: it is not UTF-8 ({error.reason})") from error
-    import datasets
-
-    kind = "parquet" if path.suffix == ".parquet" else "json"
     try:
-        table = datasets.load_dataset(kind, data_files=str(path), split="train")
-    except Exception as error:  # datasets raises many kinds for a malformed file
-        raise UsageError(f"{path} is not a readable {path.suffix} file: {str(error).splitlines()[0]}") from error
-    for candidate in (column, "text", "sentence"):
-        if candidate in table.column_names:
-            return table[candidate]
-    raise UsageError(f"{path} has no text column: found {', '.join(table.column_names)}, want {column}")
+        files = [path for path in sorted(folder.iterdir()) if path.stem == split and path.is_file()]
+    except OSError as error:
+        raise UsageError(f"--data_dir {data_dir}: {folder} cannot be read: {error.strerror}") from error
+    found = {path.suffix.lower(): path for path in files}  # of two that differ in capitals the one without
+    return next((found[suffix] for suffix in SUFFIXES if suffix in found), None)
 
 
 def _hub_rows(name: str, split: str) -> Sequence[str | None]:
@@ -210,6 +223,7 @@ def _news_rows(split: str) -> list[str]:
         raise UsageError("corpus news comes with a package: pip install --no-deps gensim==4.4.0")
     # lee.cor has a pound sign in Latin-1; the rest of both files is ASCII
     background, extra = (
-        (folder / name).read_text(encoding="latin-1").split("\n") for name in ("lee_background.cor", "lee.cor")
+        (folder / name).read_text(encoding="latin-1").removesuffix("\n").split("\n")
+        for name in ("lee_background.cor", "lee.cor")
     )
     return {"train": background[:220], "validation": background[220:250], "test": background[250:] + extra}[split]

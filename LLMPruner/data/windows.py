@@ -6,12 +6,12 @@ Calibration reads the train split, the search's choices the validation split, an
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.config import CommonConfig, EvalConfig, FinetuneConfig, PruneConfig
-from LLMPruner.data.corpora import CORPORA, documents, load_text, reads_a_part
+from LLMPruner.data.corpora import CORPORA, documents, joint, load_text, reads_a_part
 from LLMPruner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,18 +54,20 @@ def prune_windows(
     """
 
     def calibration(seq_len: int, samples: int, split: str = "train") -> torch.Tensor:
-        corpus, settings = config.calibration_dataset, {"data_dir": common.data_dir, "seed": common.seed, "bos": bos}
-        return load_windows(tokenizer, corpus, split, seq_len=seq_len, samples=samples, **settings)
+        settings = {"data_dir": common.data_dir, "text_format": common.text_format, "seed": common.seed, "bos": bos}
+        return load_windows(tokenizer, config.calibration_dataset, split, seq_len=seq_len, samples=samples, **settings)
 
-    held_out, bos = None, bos_token(tokenizer, config.calibration_bos)
+    held_out, bos, tested = None, bos_token(tokenizer, config.calibration_bos), {}
     if config.pruning_strategy == "search":
         held_out = calibration(config.search_seq_len, config.search_windows[0], "validation")
+    if evaluation is not None:
+        tested = evaluation_windows(tokenizer, replace(evaluation, text_format=common.text_format), common.data_dir)
     return PruneWindows(
         layers=calibration(config.layer_importance_seq_len, config.layer_importance_samples) if analyzes else None,
         calibration=calibration(config.calibration_seq_len, config.channel_importance_samples) if calibrates else None,
         repair=calibration(config.calibration_seq_len, config.repair_windows) if calibrates else None,
         held_out=held_out,
-        evaluation=evaluation_windows(tokenizer, evaluation, common.data_dir) if evaluation is not None else {},
+        evaluation=tested,
         finetuning=training_windows(tokenizer, finetune, common) if finetune is not None else None,
     )
 
@@ -87,16 +89,14 @@ def evaluation_windows(
     tokenizer: Any, config: EvalConfig, data_dir: str | None, split: str = "test"
 ) -> dict[str, torch.Tensor]:
     """Windows of every corpus of `config`, by name; cut once so that all models see the same ones."""
-    return {
-        name: load_windows(tokenizer, name, split, seq_len=config.seq_len, samples=config.samples, data_dir=data_dir)
-        for name in config.datasets
-    }
+    settings = {"seq_len": config.seq_len, "samples": config.samples, "text_format": config.text_format}
+    return {name: load_windows(tokenizer, name, split, data_dir=data_dir, **settings) for name in config.datasets}
 
 
 def read_alike(tokenizer: Any, other: Any, config: EvalConfig, data_dir: str | None, split: str = "test") -> bool:
     """Whether two tokenizers make the same windows of every corpus of `config`."""
     streams = (
-        [_stream(reader, name, split, config.seq_len, config.samples, data_dir) for name in config.datasets]
+        [_stream(reader, name, split, config.seq_len, config.samples, data_dir, config.text_format) for name in config.datasets]
         for reader in (tokenizer, other)
     )
     return all(ours.equal(theirs) for ours, theirs in zip(*streams, strict=True))
@@ -104,39 +104,48 @@ def read_alike(tokenizer: Any, other: Any, config: EvalConfig, data_dir: str | N
 
 def training_windows(tokenizer: Any, config: FinetuneConfig, common: CommonConfig) -> torch.Tensor:
     """Random windows of the train split, int64 `(samples, seq_len)`. Raises UsageError where the split is too short."""
-    length, count, data_dir = config.seq_len, config.samples, common.data_dir
-    return load_windows(tokenizer, config.dataset, "train", seq_len=length, samples=count, data_dir=data_dir, seed=common.seed)
+    settings = {"data_dir": common.data_dir, "text_format": common.text_format, "seed": common.seed}
+    return load_windows(tokenizer, config.dataset, "train", seq_len=config.seq_len, samples=config.samples, **settings)
 
 
 @lru_cache(maxsize=8)
-def token_ids(tokenizer: Any, name: str, split: str, data_dir: str | None = None) -> torch.Tensor:
+def token_ids(tokenizer: Any, name: str, split: str, data_dir: str | None = None, text_format: str = "clean") -> torch.Tensor:
     """The whole split as one stream of tokens, int64 `(n,)`; cached, because several stages cut windows from it."""
     import torch
 
-    return torch.tensor(tokenizer(load_text(name, split, data_dir), verbose=False).input_ids)
+    return torch.tensor(tokenizer(load_text(name, split, data_dir, text_format), verbose=False).input_ids)
 
 
 @lru_cache(maxsize=8)
-def _part_ids(tokenizer: Any, name: str, split: str, data_dir: str | None, wanted: int, seed: int) -> torch.Tensor:
+def _part_ids(
+    tokenizer: Any, name: str, split: str, data_dir: str | None, text_format: str, wanted: int, seed: int
+) -> torch.Tensor:
     """As many documents in random order as have `wanted` tokens, as one stream of tokens, int64 `(n,)`."""
     import torch
 
     ids: list[int] = []
-    for document in documents(name, split, data_dir, seed=seed):
-        text = "\n\n" * bool(ids) + document
-        ids += tokenizer(text, verbose=False, add_special_tokens=not ids).input_ids
+    for place, document in enumerate(documents(name, split, data_dir, seed=seed, text_format=text_format)):
+        text = joint(name, text_format) * bool(place) + document
+        ids += tokenizer(text, verbose=False, add_special_tokens=not place).input_ids
         if len(ids) >= wanted:
             break
     return torch.tensor(ids)
 
 
 def _stream(
-    tokenizer: Any, name: str, split: str, seq_len: int, samples: int, data_dir: str | None, seed: int | None = None
+    tokenizer: Any,
+    name: str,
+    split: str,
+    seq_len: int,
+    samples: int,
+    data_dir: str | None,
+    text_format: str,
+    seed: int | None = None,
 ) -> torch.Tensor:
     """The tokens that `samples` windows (0: all) of a split are cut from, int64 `(n,)`."""
     if samples and reads_a_part(name):
-        return _part_ids(tokenizer, name, split, data_dir, samples * seq_len, seed or 0)[: samples * seq_len]
-    return token_ids(tokenizer, name, split, data_dir)
+        return _part_ids(tokenizer, name, split, data_dir, text_format, samples * seq_len, seed or 0)[: samples * seq_len]
+    return token_ids(tokenizer, name, split, data_dir, text_format)
 
 
 def load_windows(
@@ -147,6 +156,7 @@ def load_windows(
     seq_len: int,
     samples: int = 0,
     data_dir: str | None = None,
+    text_format: str = "clean",
     seed: int | None = None,
     bos: int | None = None,
 ) -> torch.Tensor:
@@ -158,15 +168,14 @@ def load_windows(
     """
     import torch
 
-    ids = _stream(tokenizer, name, split, seq_len, samples, data_dir, seed)
+    ids = _stream(tokenizer, name, split, seq_len, samples, data_dir, text_format, seed)
     if bos is not None:
         ids, seq_len = ids[1:] if ids[0] == bos else ids, seq_len - 1
     count = len(ids) // seq_len
     if count < 1:
         raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")
     windows = ids[: count * seq_len].view(count, seq_len)
-    if name not in CORPORA and split != "train":
-        logger.warning("corpus file %s has no splits: what is measured on it must not have been calibrated on it", name)
+    _warn(name, split, data_dir, text_format)
     windows = _drawn(windows, samples, seed)
     if samples > count:
         logger.warning(
@@ -176,6 +185,17 @@ def load_windows(
         windows = torch.cat([torch.full((len(windows), 1), bos), windows], 1)
     logger.info("data: %s %s: %d of %d windows of %d tokens", name, split, len(windows), count, windows.shape[1])
     return windows
+
+
+def _warn(name: str, split: str, data_dir: str | None, text_format: str) -> None:
+    """Say where a number that is measured on the text may not be what it looks like."""
+    if name not in CORPORA and split != "train":
+        logger.warning("corpus file %s has no splits: what is measured on it must not have been calibrated on it", name)
+    if text_format == "raw" and name == "wikitext2" and "\n\n\n\n" not in load_text(name, split, data_dir, text_format):
+        logger.warning(
+            "corpus wikitext2, split %s, has no empty rows here, so --text_format raw is not the text that papers measure on",
+            split,
+        )
 
 
 def _drawn(windows: torch.Tensor, samples: int, seed: int | None) -> torch.Tensor:

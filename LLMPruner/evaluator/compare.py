@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import LLMPruner
@@ -32,6 +33,7 @@ def compare(
     lang: str = "zh",
 ) -> dict[str, Any]:
     """Measure every model, by role, and print the tables; returns the record that `--save_results` writes."""
+    evaluation = replace(evaluation, text_format=common.text_format)
     device = resolve_device(common.device)
     tokenizers = {role: load_tokenizer(source) for role, source in sources.items()}
     windows = shared_windows(sources, tokenizers, evaluation, common.data_dir)
@@ -42,6 +44,7 @@ def compare(
     environment = {
         "seq_len": evaluation.seq_len,
         "samples": evaluation.samples,
+        "text_format": evaluation.text_format,
         "windows": {name: len(rows) for name, rows in windows.items()},
         "device": str(device),
         "dtype": dtype_name(resolve_dtype(common.dtype, device)),

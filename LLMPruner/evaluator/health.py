@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from LLMPruner.errors import RunError
+from LLMPruner.errors import RunError, UsageError
 from LLMPruner.evaluator.massive import RATIO, largest_ratios, lengths_and_last
 from LLMPruner.families.family import Projection, Sublayer
 from LLMPruner.model.checkpoint import load_checkpoint
 from LLMPruner.model.device import resolve_device
 from LLMPruner.model.load import load_model, open_tensors
 from LLMPruner.model.source import ModelSource
-from LLMPruner.plan import Geometry, PruningPlan, expected_shapes
+from LLMPruner.model.tokenizer import load_tokenizer
+from LLMPruner.plan import PruningPlan, expected_shapes
 
 if TYPE_CHECKING:
     from LLMPruner.model.load import LoadedModel
@@ -92,10 +93,9 @@ def diagnose_weights(source: ModelSource) -> Diagnosis:
     except RunError as error:
         return unreadable(str(source.path), error)
     expected = expected_shapes(source.plan)
-    # transformers passes over tensors that are not a Llama's (old rotary tables); the loader of our .bin does not
-    findings += shape_findings(shapes, source.plan, extra="error" if source.kind == "bin" else "warning")
+    findings += shape_findings(shapes, source.plan)
     count = sum(math.prod(shape) for name, shape in shapes.items() if name in expected)
-    findings += _count_findings(count, source)
+    findings += _count_findings(count, source) + _tokenizer_findings(source)
     return Diagnosis(str(source.path), count, source.plan, layer_shapes(shapes, source.plan), tuple(findings))
 
 
@@ -105,6 +105,19 @@ def _bin_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
     if damaged is not None:
         raise RunError(f"{source.path} is damaged: {damaged} fails its checksum, copy or save it again")
     yield from load_checkpoint(source.path)[0].items()
+
+
+def _tokenizer_findings(source: ModelSource) -> list[Finding]:
+    """A tokenizer that cannot be used, or gives other ids than its own file."""
+    try:
+        highest = len(load_tokenizer(source)) - 1
+    except (UsageError, RunError) as error:
+        absent = source.kind == "hf" and not (source.path / "tokenizer.json").is_file()
+        return [Finding("warning" if absent else "error", "tokenizer", str(error))]
+    if highest < source.geometry.vocab_size:
+        return []
+    told = f"it gives ids up to {highest}, and {source.geometry.vocab_size} are embedded"
+    return [Finding("warning", "tokenizer", told)]
 
 
 def _count_findings(count: int, source: ModelSource) -> list[Finding]:
@@ -136,15 +149,15 @@ def tensor_findings(name: str, tensor: torch.Tensor) -> list[Finding]:
     return findings
 
 
-def shape_findings(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan, *, extra: str = "warning") -> list[Finding]:
-    """Tensors that are missing, extra (of severity `extra`), or not of the plan's shape; and layers of broken Q:KV ratio."""
+def shape_findings(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> list[Finding]:
+    """Tensors that are missing, left over, or not of the plan's shape; and layers of broken Q:KV ratio."""
     expected = expected_shapes(plan)
     findings = []
     for name in sorted(expected.keys() | shapes.keys()):
         if name not in shapes:
             findings.append(Finding("error", name, "is missing"))
         elif name not in expected:
-            findings.append(Finding(extra, name, "is not part of a Llama"))
+            findings.append(Finding("error", name, "is not part of the model that the config describes"))
         elif shapes[name] != expected[name]:
             findings.append(Finding("error", name, f"has shape {shapes[name]}, the plan says {expected[name]}"))
     for index, layer in enumerate(layer_shapes(shapes, plan)):
@@ -241,44 +254,6 @@ def diagnose_forward(loaded: LoadedModel) -> list[Finding]:
         findings.append(Finding(severity, "generation", "greedy tokens differ with and without the KV cache"))
     findings.append(Finding("info", "generation", repr(tokenizer.decode(cached[0]))))
     return findings
-
-
-def report_text(diagnosis: Diagnosis) -> str:
-    """The report a person reads: the verdict, the sizes of every layer, the findings."""
-    errors = [finding for finding in diagnosis.findings if finding.severity == "error"]
-    verdict = f"UNHEALTHY: {errors[0].where}: {errors[0].message}" if errors else "HEALTHY"
-    if len(errors) > 1:
-        verdict += f" (and {len(errors) - 1} more)"
-    lines = [verdict, f"model: {diagnosis.path}"]
-    if diagnosis.plan is not None:
-        lines += _layer_lines(diagnosis, diagnosis.plan.geometry)
-    lines += ["", "findings:"] + [f"  {f.severity:7s} {f.where}: {f.message}" for f in diagnosis.findings]
-    return "\n".join(lines if diagnosis.findings else [*lines, "  none"]) + "\n"
-
-
-def _layer_lines(diagnosis: Diagnosis, geometry: Geometry) -> list[str]:
-    share = diagnosis.parameters / geometry.dense_params
-    lines = [f"parameters: {diagnosis.parameters:,} ({share:.1%} of {geometry.dense_params:,})", ""]
-    head = f"{'layer':>5}  {'KV groups':>9}  {'query heads':>11}  {'Q:KV':>6}  {'channels':>14}  {'kept':>6}"
-    lines.append(head + _last_column(diagnosis, None))
-    for index, layer in enumerate(diagnosis.layers):
-        kept = {"attention": layer.kv_heads, "mlp": layer.channels}
-        params = sum(count * geometry.unit_params(sublayer) for sublayer, count in kept.items())
-        share = params / sum(geometry.sublayer_params(sublayer) for sublayer in kept)
-        ratio = f"{layer.query_heads / layer.kv_heads:.3g}:1" if layer.kv_heads else "-"
-        groups, channels = f"{layer.kv_heads:g} of {geometry.num_kv_heads}", f"{layer.channels} of {geometry.intermediate_size}"
-        lines.append(
-            f"{index:>5}  {groups:>9}  {layer.query_heads:>11g}  {ratio:>6}  {channels:>14}  {share:>6.1%}"
-            + _last_column(diagnosis, index)
-        )
-    return lines
-
-
-def _last_column(diagnosis: Diagnosis, index: int | None) -> str:
-    """The ratio of the longest token where it was measured; its title for None."""
-    if not diagnosis.stream_ratios:
-        return ""
-    return f"  {'longest token':>13}" if index is None else f"  {diagnosis.stream_ratios[index]:>12.2f}x"
 
 
 def _generate(model: torch.nn.Module, prompt: torch.Tensor, *, use_cache: bool) -> torch.Tensor:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import sys
 
-from LLMPruner.export.configuration_pruned_llama import PrunedLlamaConfig
-from LLMPruner.export.modeling_pruned_llama import PrunedLlamaForCausalLM, PrunedLlamaModel
+from LLMPruner.families.llama import FAMILIES
 
-AutoConfig.register(PrunedLlamaConfig.model_type, PrunedLlamaConfig, exist_ok=True)
-AutoModel.register(PrunedLlamaConfig, PrunedLlamaModel, exist_ok=True)
-AutoModelForCausalLM.register(PrunedLlamaConfig, PrunedLlamaForCausalLM, exist_ok=True)
+
+def register() -> None:
+    """Make the classes of the `hf` exports known to transformers, which this imports."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from LLMPruner.export import configuration_pruned_llama as configs
+    from LLMPruner.export import modeling_pruned_llama as models
+
+    for name in (family.name for family in FAMILIES.values()):
+        config = getattr(configs, f"Pruned{name}Config")
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, getattr(models, f"Pruned{name}Model"), exist_ok=True)
+        AutoModelForCausalLM.register(config, getattr(models, f"Pruned{name}ForCausalLM"), exist_ok=True)
+
+
+# Python says "-m" while it looks for the module to run: `python -m LLMPruner.export` answers --help and wrong flags without
+# waiting for transformers, and registers before it reads a model.
+if not (sys.argv[:1] == ["-m"] and "LLMPruner.export" in sys.orig_argv):
+    register()

@@ -8,8 +8,10 @@ from typing import Any
 
 from LLMPruner import cli
 from LLMPruner.config import EXPORT_FORMATS, ExportConfig
+from LLMPruner.export import register
+from LLMPruner.export.card import check_beside
 from LLMPruner.files import check_output_folder, read_json_file, require_free_space
-from LLMPruner.model.device import DTYPES
+from LLMPruner.model.device import DTYPES, dtype_name, resolve_device, resolve_dtype
 from LLMPruner.model.load import load_model, load_tokenizer
 from LLMPruner.model.size import export_bytes, stored_dtype
 from LLMPruner.model.source import ModelSource, find_model
@@ -22,20 +24,28 @@ def recipe(argv: Sequence[str]) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("checkpoint", help="a .bin of these scripts, a Hugging Face directory, a .gguf file, or 'embedded'")
     parser.add_argument("--format", nargs="+", choices=list(EXPORT_FORMATS), default=["hf"], help="what to write")
-    parser.add_argument("--output", required=True, help="folder for hf/, model.gguf and padded/")
+    parser.add_argument("--output", required=True, help="folder for hf/, padded/ and model.gguf with its card and Modelfile")
     cli.add_gguf_flag(parser)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights; auto: as they are stored")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="precision of the weights; auto: as they are stored, of a GGUF that which pruning has here",
+    )
     args = parser.parse_args(argv)
     export = ExportConfig(tuple(args.format), args.gguf_type)
     folder = check_output_folder(args.output, "--output")
     source = find_model(args.checkpoint, "CHECKPOINT")
     check_export_places(export, folder, source.path)
-    dtype = stored_dtype(source) if args.dtype == "auto" else args.dtype
+    if "gguf" in export.formats:
+        check_beside(folder / EXPORT_FORMATS["gguf"])
+    dtype = precision(source) if args.dtype == "auto" else args.dtype
     require_free_space(folder, export_bytes(source.geometry.dense_params, export, dtype, "cpu"), "the export")
     measured = measured_before(source)
 
     from LLMPruner.export.writer import check_export, write_exports
 
+    register()
     handlers = start_logging()
     try:
         tokenizer = load_tokenizer(source)
@@ -43,6 +53,14 @@ def recipe(argv: Sequence[str]) -> None:
         write_exports(load_model(source, dtype=dtype, device="cpu", tokenizer=tokenizer), export, folder, measured)
     finally:
         stop_logging(handlers)
+
+
+def precision(source: ModelSource) -> str:
+    """The precision that the weights are stored in; of a GGUF, which is dequantized, the one that a `.bin` pruned from it on
+    this machine has, so that exports of both compare."""
+    if source.kind == "gguf":
+        return dtype_name(resolve_dtype("auto", resolve_device("auto")))
+    return stored_dtype(source)
 
 
 def measured_before(source: ModelSource) -> dict[str, Any]:

@@ -1,23 +1,16 @@
-"""Configuration of a Llama whose layers differ in width. Ships inside the exports; needs transformers only."""
+"""Configurations of Llama-like models whose layers differ in width. Ships inside the exports; needs transformers only."""
 
 import copy
 import dataclasses
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 
-class PrunedLlamaConfig(LlamaConfig):
-    """A LlamaConfig with `per_layer_config`, `{"<layer>": {attribute: value}}`: what a layer has otherwise than the rest.
+class _PerLayer:
+    """A family's config with `per_layer_config`, `{"<layer>": {attribute: value}}`: what a layer has otherwise than the rest.
 
     The global values are the dense model's. `per_layer_config` is transformers' own from 5.14 on, before that a plain dict.
     """
-
-    model_type = "pruned_llama"
-
-    attention_output_bias: bool = False  # o_proj alone has a bias
-    mlp_output_bias: bool = False  # down_proj alone has a bias
-    removed_attention: list | None = None  # layers whose attention is there for the loaders only: one zeroed KV group
-    removed_mlp: list | None = None  # layers whose MLP is a small one of zeros
 
     def layer(self, index):
         """The configuration of one layer."""
@@ -32,7 +25,29 @@ class PrunedLlamaConfig(LlamaConfig):
         """No global check: hidden_size need not be a multiple of a pruned layer's heads, whose head_dim is explicit."""
 
 
-if dataclasses.is_dataclass(LlamaConfig):  # transformers 5: collect the validators anew, with the one above
-    from huggingface_hub.dataclasses import strict
+def _pruned(family, base):
+    """The configuration class of a family, `PrunedLlamaConfig` for Llama."""
+    fields = {
+        "attention_output_bias": (bool, False),  # o_proj alone has a bias
+        "mlp_output_bias": (bool, False),  # down_proj alone has a bias
+        "removed_attention": (list | None, None),  # layers whose attention is there for the loaders only: a zeroed KV group
+        "removed_mlp": (list | None, None),  # layers whose MLP is a small one of zeros
+    }
+    body = {
+        "__module__": __name__,
+        "__annotations__": {name: kind for name, (kind, _) in fields.items()},
+        **{name: value for name, (_, value) in fields.items()},
+        "model_type": f"pruned_{base.model_type}",
+    }
+    made = type(f"Pruned{family}Config", (_PerLayer, base), body)
+    if dataclasses.is_dataclass(base):  # transformers 5: collect the validators anew, with the one above
+        from huggingface_hub.dataclasses import strict
 
-    PrunedLlamaConfig = strict(PrunedLlamaConfig)
+        made = strict(made)
+    return made
+
+
+PrunedLlamaConfig = _pruned("Llama", LlamaConfig)
+PrunedMistralConfig = _pruned("Mistral", MistralConfig)
+PrunedQwen2Config = _pruned("Qwen2", Qwen2Config)
+PrunedQwen3Config = _pruned("Qwen3", Qwen3Config)

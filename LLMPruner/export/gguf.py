@@ -1,4 +1,5 @@
-"""GGUF for llama.cpp: architecture `deci`, whose heads and widths are arrays over the layers, or `llama` where all are alike.
+"""GGUF for llama.cpp: architecture `deci`, whose heads and widths are arrays over the layers, or the family's own where all
+are alike.
 
 Tensors are converted and written one at a time, so that no second model is held in memory.
 """
@@ -15,10 +16,15 @@ import numpy
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, SpecialVocab, TokenType
 from gguf.quants import quantize
+from gguf.utility import size_label
 
 from LLMPruner.errors import UsageError
+from LLMPruner.export.card import base_name, beside, check_beside, model_card, modelfile, portable, removed_parameters
 from LLMPruner.export.layout import filled, is_uniform, laid_out, rope_settings
-from LLMPruner.files import write_atomically
+from LLMPruner.families.gguf import ARCHITECTURES, architecture_of, tensor_name
+from LLMPruner.families.llama import family_of
+from LLMPruner.files import write_atomically, write_text
+from LLMPruner.model.gguf_tokenizer import pre_tokenizer_name
 from LLMPruner.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -31,45 +37,23 @@ TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 BLOCK = 32  # values of a Q8_0 block; rows that are no multiple of it stay in float16
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-# How Llama-3 splits text before its merges; llama.cpp knows the same rule by name.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# Steps of a pre-tokenizer (as `_rule` sees them) and llama.cpp's name for them.
-PRE_TOKENIZERS = {
-    (("ByteLevel", False, True),): "gpt-2",
-    (("Digits", True), ("ByteLevel", False, True)): "smollm",
-    (("Split", LLAMA3_SPLIT, "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
-}
 
 
-def write_gguf(path: Path, loaded: LoadedModel, kind: str = "auto") -> None:
-    """Write the model as `path`; `kind` is one of TYPES, or auto for the weights' own precision.
+def write_gguf(path: Path, loaded: LoadedModel, kind: str = "auto", measured: Mapping[str, Any] | None = None) -> None:
+    """Write the model as `path`, and its card and Modelfile beside it; `kind` is one of TYPES, or auto for the weights' own.
 
-    Raises UsageError for a tokenizer or rotary scaling that llama.cpp could not be told of.
+    `measured` are PPL results by role. Raises UsageError for what llama.cpp could not be told of, and where a file that no
+    export wrote stands in the card's or the Modelfile's place.
     """
     layout = filled(loaded.plan)
     if kind == "auto":
         kind = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[loaded.model.dtype]
-    check_gguf(loaded.model.config.to_dict(), loaded.tokenizer)
+    check_gguf(loaded.model.config.to_dict(), loaded.tokenizer, uniform=is_uniform(loaded.plan))
+    check_beside(path)
 
     def write(temporary: Path) -> None:
-        writer = GGUFWriter(temporary, "llama" if is_uniform(loaded.plan) else "deci")
+        writer = GGUFWriter(temporary, _architecture(loaded.plan))
+        _add_record(writer, loaded)
         _add_sizes(writer, loaded, layout, TYPES[kind][1])
         _add_tokenizer(writer, loaded.tokenizer, layout.geometry.vocab_size)
         for name, tensor in _tensors(loaded, layout):
@@ -83,14 +67,71 @@ def write_gguf(path: Path, loaded: LoadedModel, kind: str = "auto") -> None:
         writer.close()
 
     write_atomically(path, write)
+    card, recipe = beside(path)
+    write_text(card, model_card(loaded, layout, dict(measured or {}), form=path.name))
+    write_text(recipe, modelfile(path.name, loaded.tokenizer, _stops(loaded)))
 
 
-def check_gguf(config: Mapping[str, Any], tokenizer: Any) -> None:
-    """Raise UsageError for a tokenizer or a rotary scaling that cannot be written. `config` is a model's config as a dict."""
-    _pre_tokenizer(tokenizer)
-    kind = rope_settings(config)["rope_type"]
-    if kind not in ("default", "llama3", "linear"):
-        raise UsageError(f"rotary scaling {kind!r} cannot be written as GGUF: choose the hf or padded export")
+def _stops(loaded: LoadedModel) -> list[str]:
+    """The tokens that end what the model writes."""
+    ids = loaded.model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    tokens = [loaded.tokenizer.eos_token, *(loaded.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None)]
+    return [token for token in dict.fromkeys(tokens) if token]
+
+
+def _architecture(plan: PruningPlan) -> str:
+    return architecture_of(plan.geometry.family) if is_uniform(plan) else "deci"
+
+
+def check_gguf(config: Mapping[str, Any], tokenizer: Any, *, uniform: bool) -> None:
+    """Raise UsageError for what cannot be written. `config` is a model's config as a dict; `uniform`: all layers are alike."""
+    pre_tokenizer_name(tokenizer)
+    unsaid = _unsaid(config, uniform)
+    if unsaid is not None:
+        raise UsageError(f"{unsaid} cannot be written as GGUF: choose the hf or padded export")
+
+
+def _unsaid(config: Mapping[str, Any], uniform: bool) -> str | None:
+    """What the config says that llama.cpp's graph could not be told; it would compute without it."""
+    rope = rope_settings(config)
+    kind = rope["rope_type"]
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    family = family_of(config.get("model_type"))
+    norms = [norm for sublayer in (family.sublayers if family else ()) for norm in (*sublayer.whole, *sublayer.wraps)]
+    found = {
+        f"the activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") not in ("silu", "swish"),
+        f"rotary scaling {kind!r}": kind not in ("default", "llama3", "linear"),
+        "rotary settings of their own for some layers": any(isinstance(value, Mapping) for value in rope.values()),
+        f"the rotation of a part of each head (partial_rotary_factor {partial})": partial != 1,
+        f"a pruned {config.get('model_type')}, whose layers have norms inside,": bool(norms) and not uniform,
+    }
+    return next((what for what, so in found.items() if so), None)
+
+
+def _add_record(writer: GGUFWriter, loaded: LoadedModel) -> None:
+    """What the model is and how it came about: `general.*` as llama.cpp shows it, `llmpruner.*` for who looks closer."""
+    record, removed = portable(loaded.provenance), removed_parameters(loaded)
+    total, repo, name = loaded.plan.total_params, record.get("base_repo"), base_name(loaded.provenance)
+    writer.add_type("model")
+    writer.add_name(f"{name} pruned" if removed else name)
+    writer.add_basename(name)
+    writer.add_size_label(size_label(total, 0, 0, 0))
+    if removed:
+        writer.add_finetune("pruned")
+        writer.add_tags(["pruned", "structured-pruning", "text-generation"])
+        writer.add_description(f"{name}, {removed / (total + removed):.1%} of its parameters removed by structured pruning")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name)
+        if repo:
+            writer.add_base_model_organization(0, repo.split("/")[0])
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{repo}")
+    writer.add_string("llmpruner.base_model", str(record.get("base_model", "")))
+    writer.add_uint64("llmpruner.parameters", total)
+    writer.add_uint64("llmpruner.dense_parameters", total + removed)
+    writer.add_float32("llmpruner.pruning_ratio", removed / (total + removed))
+    writer.add_string("llmpruner.settings", json.dumps(record.get("settings") or {}))
+    writer.add_string("llmpruner.provenance", json.dumps(record))
 
 
 def _add_sizes(writer: GGUFWriter, loaded: LoadedModel, layout: PruningPlan, file_type: LlamaFileType) -> None:
@@ -100,7 +141,6 @@ def _add_sizes(writer: GGUFWriter, loaded: LoadedModel, layout: PruningPlan, fil
     if is_uniform(loaded.plan):
         heads, groups, channels = heads[0], groups[0], channels[0]
     rope = rope_settings(config.to_dict())
-    writer.add_name(Path(str(loaded.provenance.get("base_model", "model"))).stem + " pruned")
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
     writer.add_vocab_size(geometry.vocab_size)
@@ -127,15 +167,12 @@ def _tensors(loaded: LoadedModel, layout: PruningPlan) -> Iterator[tuple[str, to
         yield "rope_freqs.weight", factors
     table = layout.geometry.table
     rotated = tuple(f".{part.name}" for part in table.attention.inputs if part.rotary)
+    own = ARCHITECTURES.get(_architecture(loaded.plan))
+    pairs = own is None or own.pairs
     for name, tensor in laid_out(loaded, layout):
-        stem, kind = name.rsplit(".", 1)
-        place, prefix = stem, ""
-        if stem.startswith(f"{table.layers}."):
-            index, place = stem.removeprefix(f"{table.layers}.").split(".", 1)
-            prefix = f"blk.{index}."
-        if place.endswith(rotated):
-            tensor = _interleaved(tensor, layout.geometry.head_dim)
-        yield f"{prefix}{NAMES[place]}.{kind}", tensor
+        if pairs and name.rsplit(".", 1)[0].endswith(rotated):
+            tensor = _interleaved(tensor, layout.geometry.head_dim)  # deci rotates pairs, as llama does
+        yield tensor_name(name, table.layers), tensor
 
 
 def _interleaved(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -193,7 +230,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
         else:
             types.append(TokenType.NORMAL)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
+    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
     writer.add_token_list(listed)
     writer.add_token_types(types)
     with tempfile.TemporaryDirectory() as folder:
@@ -207,27 +244,3 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
     template = tokenizer.chat_template
     special.chat_template = template.get("default") if isinstance(template, dict) else template
     special.add_to_gguf(writer, quiet=True)
-
-
-def _pre_tokenizer(tokenizer: Any) -> str:
-    """llama.cpp's name of the rule by which the tokenizer splits text before its merges. Raises UsageError for others."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = json.loads(backend.to_str()) if backend is not None else {}
-    step = parts.get("pre_tokenizer") or {}
-    steps = tuple(_rule(step) for step in step.get("pretokenizers", [step]))
-    if parts.get("normalizer") is None and (parts.get("model") or {}).get("type") == "BPE" and steps in PRE_TOKENIZERS:
-        return PRE_TOKENIZERS[steps]
-    raise UsageError(
-        "the tokenizer's rule for splitting text is none that GGUF has a name for here (Llama-3, SmolLM, GPT-2): "
-        "choose the hf or padded export, and convert that with llama.cpp's own script"
-    )
-
-
-def _rule(step: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What decides how a step of a tokenizer's pre-tokenizer splits text."""
-    kind = step.get("type")
-    if kind == "ByteLevel":
-        return kind, step.get("add_prefix_space", True), step.get("use_regex", True)
-    if kind == "Digits":
-        return kind, step.get("individual_digits", False)
-    return kind, (step.get("pattern") or {}).get("Regex"), step.get("behavior"), step.get("invert", False)

@@ -12,7 +12,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from LLMPruner.config import PLAN_FILE, PROVENANCE_FILE
-from LLMPruner.export.card import model_card
+from LLMPruner.export.card import model_card, portable
 from LLMPruner.export.layout import counted, filled, is_uniform, laid_out, rope_settings, stock
 from LLMPruner.files import write_folder_atomically, write_json, write_text
 from LLMPruner.plan import PruningPlan, expected_shapes
@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5 << 30
 SHIPPED = ("configuration_pruned_llama.py", "modeling_pruned_llama.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
-    "AutoModel": "modeling_pruned_llama.PrunedLlamaModel",  # vLLM needs it; save_pretrained would leave it out
-    "AutoModelForCausalLM": "modeling_pruned_llama.PrunedLlamaForCausalLM",
-}
+# vLLM needs AutoModel; save_pretrained would leave it out.
+AUTO_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+# What a saved tokenizer tells of the machine that it was loaded on.
+LOCAL = (
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "vocab_file",
+    "merges_file",
+    "tokenizer_file",
+    "special_tokens_map_file",
+)
 
 
 def write_hf(path: Path, loaded: LoadedModel, measured: dict[str, Any]) -> None:
@@ -35,12 +42,17 @@ def write_hf(path: Path, loaded: LoadedModel, measured: dict[str, Any]) -> None:
         write_padded(path, loaded, measured)  # of which nothing is padding
         return
     layout = filled(loaded.plan)
+    table = layout.geometry.table
+    modules = {"AutoConfig": "configuration_pruned_llama"}
 
     def write(folder: Path) -> None:
         config = _base_config(loaded, layout) | {
-            "model_type": "pruned_llama",
-            "architectures": ["PrunedLlamaForCausalLM"],
-            "auto_map": AUTO_MAP,
+            "model_type": table.pruned_type,
+            "architectures": [f"Pruned{table.name}ForCausalLM"],
+            "auto_map": {
+                auto: f"{modules.get(auto, 'modeling_pruned_llama')}.Pruned{table.name}{kind}"
+                for auto, kind in AUTO_CLASSES.items()
+            },
             "attention_output_bias": False,
             "mlp_output_bias": False,
             "per_layer_config": per_layer_config(layout),
@@ -58,11 +70,10 @@ def write_padded(path: Path, loaded: LoadedModel, measured: dict[str, Any]) -> N
     size = layout.geometry
 
     def write(folder: Path) -> None:
-        llama = size.hidden_size % size.num_heads == 0
         config = _base_config(loaded, layout) | {
-            "model_type": "llama" if llama else "mistral",  # LlamaConfig refuses heads that do not divide the width
-            "architectures": ["LlamaForCausalLM" if llama else "MistralForCausalLM"],
-            **({} if llama else {"sliding_window": None}),
+            "model_type": size.family,
+            "architectures": [f"{size.table.name}ForCausalLM"],
+            **{key: None if key == size.table.slides[-1] else False for key in size.table.slides},
         }
         _write_directory(folder, loaded, layout, config, measured)
 
@@ -84,8 +95,10 @@ def per_layer_config(layout: PruningPlan) -> dict[str, dict[str, Any]]:
             "num_attention_heads": groups * geometry.q_per_kv,
             "num_key_value_heads": groups,
             "intermediate_size": channels,
-            "attention_output_bias": layout.has_output_bias("attention", index) and not geometry.attention_bias,
-            "mlp_output_bias": layout.has_output_bias("mlp", index) and not geometry.mlp_bias,
+            **{
+                f"{part.name}_output_bias": layout.has_output_bias(part.name, index) and not geometry.has_bias(part.output)
+                for part in geometry.table.sublayers
+            },
         }
         different = {name: value for name, value in own.items() if value != dense[name]}
         if different:
@@ -102,13 +115,13 @@ def _base_config(loaded: LoadedModel, layout: PruningPlan) -> dict[str, Any]:
         "removed_attention": [index for index, groups in enumerate(loaded.plan.kv_counts) if not groups],
         "removed_mlp": [index for index, channels in enumerate(loaded.plan.channel_counts) if not channels],
     }
+    biases = {part.bias for sublayer in size.table.sublayers for part in sublayer.projections if isinstance(part.bias, str)}
     return config | {
+        **{name: getattr(size, name) for name in sorted(biases)},
         "num_attention_heads": size.num_heads,
         "num_key_value_heads": size.num_kv_heads,
         "intermediate_size": size.intermediate_size,
         "head_dim": size.head_dim,
-        "attention_bias": size.attention_bias,
-        "mlp_bias": size.mlp_bias,
         "tie_word_embeddings": size.tied_embeddings,
         "dtype": dtype,
         "torch_dtype": dtype,  # read before transformers 4.56
@@ -137,19 +150,25 @@ def _write_directory(
     # as it is: save_pretrained would refuse sampling settings that well-known models carry beside greedy decoding
     write_text(folder / "generation_config.json", loaded.model.generation_config.to_json_string())
     _write_tokenizer(folder, loaded.tokenizer)
-    write_text(folder / "README.md", model_card(loaded, layout, measured, own_code="auto_map" in config))
+    write_text(folder / "README.md", model_card(loaded, layout, measured, form="own" if "auto_map" in config else "stock"))
     write_text(folder / PLAN_FILE, loaded.plan.to_json() + "\n")
     record = {"parameters": counted(loaded.plan, layout), "measured": measured}
-    write_json(folder / PROVENANCE_FILE, loaded.provenance | record)
+    write_json(folder / PROVENANCE_FILE, portable(loaded.provenance) | record)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """The tokenizer's files; transformers 5 names its class in a way that 4.57 does not know, the older name suits both."""
+    """The tokenizer's files, in words that transformers 4.57 and 5 both know, and without a word about this machine.
+
+    5 names a class that 4.57 does not know: the older name suits both. 4.57 would hand the model `token_type_ids`, which no
+    Llama takes, unless told what it takes.
+    """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings = {name: value for name, value in settings.items() if name not in LOCAL}
+    write_json(path, settings | {"model_input_names": ["input_ids", "attention_mask"]})
 
 
 def _write_shards(folder: Path, loaded: LoadedModel, layout: PruningPlan, limit: int = SHARD_BYTES) -> None:

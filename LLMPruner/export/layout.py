@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from LLMPruner.errors import UsageError
-from LLMPruner.plan import LayerPlan, PruningPlan, expected_shapes
+from LLMPruner.families.family import Family
+from LLMPruner.families.llama import LLAMA, MISTRAL
+from LLMPruner.plan import Geometry, LayerPlan, PruningPlan, expected_shapes
 
 if TYPE_CHECKING:
     from LLMPruner.model.load import LoadedModel
@@ -30,29 +32,41 @@ def filled(plan: PruningPlan) -> PruningPlan:
 
 
 def stock(plan: PruningPlan) -> PruningPlan:
-    """A dense plan wide enough for every layer of `plan`: the Llama (or Mistral) that any loader takes.
+    """A dense plan wide enough for every layer of `plan`: the stock model of its family that any loader takes.
 
-    Mistral knows no biases; where they are needed KV groups are added until a Llama can be written. Raises UsageError where
-    that never is.
+    A Mistral is written as a Llama where a Llama can be: without a sliding window they are one function. Llama's heads must
+    divide its width (transformers 5), Mistral knows no biases; where they are needed KV groups are added until both hold.
+    Raises UsageError where the family has no place for the biases that a repair added.
     """
     geometry, wide = plan.geometry, filled(plan)
-    layers = range(geometry.num_layers)
-    attention_bias = geometry.attention_bias or any(plan.has_output_bias("attention", index) for index in layers)
-    mlp_bias = geometry.mlp_bias or any(plan.has_output_bias("mlp", index) for index in layers)
-    groups = max(wide.kv_counts)
-    while (attention_bias or mlp_bias) and geometry.hidden_size % (groups * geometry.q_per_kv):
+    table = LLAMA if geometry.family == MISTRAL.model_type else geometry.table
+    biases = {}
+    for sublayer in table.sublayers:
+        needed = any(plan.has_output_bias(sublayer.name, index) for index in range(geometry.num_layers))
+        if isinstance(sublayer.output.bias, str):
+            biases[sublayer.output.bias] = getattr(geometry, sublayer.output.bias) or needed
+        elif needed:
+            raise UsageError(f"no stock {table.name} has a place for the biases of --repair bias: choose the hf export alone")
+    size = replace(
+        geometry, family=table.model_type, intermediate_size=max(wide.channel_counts), **biases, **_heads(wide, table, biases)
+    )
+    return PruningPlan.dense(size if _takes(size) else replace(size, family=MISTRAL.model_type))
+
+
+def _heads(wide: PruningPlan, table: Family, biases: Mapping[str, bool]) -> dict[str, int]:
+    """Heads of the stock model: those of the widest layer, or as many more as the family's loaders need."""
+    geometry = wide.geometry
+    groups = max(wide.kv_counts) if table.states_head_dim else geometry.num_kv_heads
+    while table is LLAMA and any(biases.values()) and geometry.hidden_size % (groups * geometry.q_per_kv):
         groups += 1
         if groups > geometry.hidden_size:
             raise UsageError("with these biases and head counts no stock Llama can be written: choose the hf export alone")
-    size = replace(
-        geometry,
-        num_heads=groups * geometry.q_per_kv,
-        num_kv_heads=groups,
-        intermediate_size=max(wide.channel_counts),
-        attention_bias=attention_bias,
-        mlp_bias=mlp_bias,
-    )
-    return PruningPlan.dense(size)
+    return {"num_heads": groups * geometry.q_per_kv, "num_kv_heads": groups}
+
+
+def _takes(size: Geometry) -> bool:
+    """Whether transformers takes a stock config of these sizes: it refuses a Llama whose heads do not divide its width."""
+    return size.family != LLAMA.model_type or size.hidden_size % size.num_heads == 0
 
 
 def is_uniform(plan: PruningPlan) -> bool:
@@ -83,7 +97,9 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings from a config of transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling), as 5 words them."""
     parameters = config.get("rope_parameters")
     if parameters is None:
-        parameters = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+        scaling = dict(config.get("rope_scaling") or {})
+        scaling.setdefault("rope_type", scaling.pop("type", "default"))  # the older word
+        parameters = {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
     return {"rope_type": "default", "rope_theta": 10000.0, **parameters}
 
 

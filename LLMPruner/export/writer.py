@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.config import EXPORT_FORMATS, ExportConfig
+from LLMPruner.export.card import check_beside, quantize_command
 from LLMPruner.export.gguf import check_gguf, write_gguf
 from LLMPruner.export.hf import write_hf, write_padded
-from LLMPruner.export.layout import filled, stock
+from LLMPruner.export.layout import filled, is_uniform, stock
 
 if TYPE_CHECKING:
     from LLMPruner.model.load import LoadedModel
@@ -19,20 +20,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger("LLMPruner")
 
 
-def check_export(source: ModelSource, tokenizer: Any, export: ExportConfig) -> None:
-    """Raise UsageError where a wanted format cannot hold the model; no weights are needed."""
+def check_export(source: ModelSource, tokenizer: Any, export: ExportConfig, *, prunes: bool = False) -> None:
+    """Raise UsageError where a wanted format cannot hold the model; no weights are needed. `prunes`: it is yet to be pruned."""
     if "gguf" in export.formats:
-        check_gguf(source.config, tokenizer)
+        check_gguf(source.config, tokenizer, uniform=is_uniform(source.plan) and not prunes)
 
 
 def write_exports(loaded: LoadedModel, export: ExportConfig, folder: Path, measured: dict[str, Any]) -> list[Path]:
-    """Write the formats into `folder`; `measured` are PPL results by role, for the cards. Returns the paths."""
+    """Write the formats into `folder`; `measured` are PPL results by role, for the cards. Returns the paths.
+
+    Raises UsageError, with nothing written, where a GGUF's card or Modelfile would replace a file that no export wrote.
+    """
+    if "gguf" in export.formats:
+        check_beside(folder / EXPORT_FORMATS["gguf"])
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for form in export.formats:
         path = folder / EXPORT_FORMATS[form]
         if form == "gguf":
-            write_gguf(path, loaded, export.gguf_type)
+            write_gguf(path, loaded, export.gguf_type, measured)
         else:
             {"hf": write_hf, "padded": write_padded}[form](path, loaded, measured)
         files = [path] if path.is_file() else path.rglob("*")
@@ -41,5 +47,7 @@ def write_exports(loaded: LoadedModel, export: ExportConfig, folder: Path, measu
         zeros = layout.total_params - loaded.plan.total_params
         note = f", {zeros:,} of its parameters are padding" if zeros else ""
         logger.info("exported %s: %.1f MB%s", os.fspath(path), size / 1e6, note)
+        if form == "gguf" and export.gguf_type != "q8_0":
+            logger.info("for 4 bits a weight, llama.cpp's own tool: %s", quantize_command(os.fspath(path)))
         written.append(path)
     return written

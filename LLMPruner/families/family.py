@@ -6,7 +6,9 @@ no more code. Sizes are named, not stated: `segment` and the like are names of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,21 @@ class Family:
     """The layers of one `model_type`, and where the modules around them are."""
 
     model_type: str
+    name: str  # as transformers' classes spell it
     attention: Sublayer
     mlp: Sublayer
-    pruned_type: str | None = None  # model_type of the hf export, whose layers differ in width
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes where a config is silent
+    states_head_dim: bool = True  # whether loaders read head_dim from the config, so that heads need not divide the width
+    slides: tuple[str, ...] = ()  # config keys that, all set, make attention slide in a window; the last one is its width
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
+
+    @property
+    def pruned_type(self) -> str:
+        """The model_type of the hf export, whose layers differ in width."""
+        return f"pruned_{self.model_type}"
 
     @property
     def sublayers(self) -> tuple[Sublayer, Sublayer]:
@@ -69,3 +79,12 @@ class Family:
     def sublayer(self, name: str) -> Sublayer:
         """The attention or the MLP. Raises KeyError for another name."""
         return {sublayer.name: sublayer for sublayer in self.sublayers}[name]
+
+    def positions(self, config: Mapping[str, Any]) -> int | None:
+        """As many tokens as attend to all before them: the positions, no more than the window's; None where none are stated."""
+        return min(filter(None, (config.get("max_position_embeddings"), self.window(config))), default=None)
+
+    def window(self, config: Mapping[str, Any]) -> int | None:
+        """The width of the window that attention slides in by a `config.json`; None where every token sees all before it."""
+        values = [config.get(key, self.defaults.get(key)) for key in self.slides]
+        return values[-1] if values and all(values) else None

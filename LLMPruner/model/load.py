@@ -10,29 +10,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.errors import RunError
+from LLMPruner.errors import RunError, UsageError
 from LLMPruner.model.checkpoint import load_checkpoint, save_checkpoint
 from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
 from LLMPruner.model.size import count_parameters
-from LLMPruner.model.source import ModelSource, weight_files
+from LLMPruner.model.source import ModelSource, weight_files, with_weights
 from LLMPruner.model.tokenizer import load_tokenizer, quiet_transformers, tokenizer_files
+from LLMPruner.model.weights import is_ignored
 from LLMPruner.plan import PruningPlan, removed_prefixes
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from LLMPruner.model.forward import LayerRunner
     from LLMPruner.model.store import ResidentStore
 
 logger = logging.getLogger("LLMPruner")
 
+# What a config says of an export's layers, of how its windows slide, and of how it was saved: the plan and the family know.
+FOREIGN = ("model_type", "architectures", "auto_map", "per_layer_config", "layer_types", "torch_dtype", "dtype")
+FOREIGN += ("removed_attention", "removed_mlp", "attention_output_bias", "mlp_output_bias", "transformers_version")
+
 
 @dataclass
 class LoadedModel:
     """A model in memory with what it needs to be saved again."""
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: PruningPlan
     provenance: dict[str, Any]
@@ -62,9 +67,11 @@ def load_model(
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
     logger.info("loading %s as %s on %s", source.path, dtype_name(precision), place)
-    load = {"bin": _load_bin, "gguf": _load_gguf, "hf": _load_directory}[source.kind]
+    source = with_weights(source)
     with quiet_transformers():
-        model = load(source, precision).to(place).eval()
+        model = build_empty(model_config(source), source.plan)
+        model = assign_weights(model, open_tensors(source), precision).to(place)
+        model.generation_config = _generation_config(source, model)
     count = count_parameters(model)
     if count != source.plan.total_params:
         raise RunError(f"{source.path} has {count:,} parameters where its config says {source.plan.total_params:,}")
@@ -77,22 +84,33 @@ def load_model(
 
 
 def open_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """The named tensors of a model that is no `.bin` one by one, without a tied head and without the zeros that stand for
-    removed sublayers. Raises RunError when a file is unreadable."""
+    """The named tensors of a model one by one, without a tied head, without the zeros that stand for removed sublayers, and
+    without old rotary tables. Raises RunError when a file is unreadable."""
+    removed = removed_prefixes(source.plan)
+    for name, tensor in {"bin": _bin_tensors, "gguf": _gguf_tensors, "hf": _directory_tensors}[source.kind](source):
+        if not (name.startswith(removed) or is_ignored(name)):
+            yield from _untied(source.geometry.tied_embeddings, [(name, tensor)])
+
+
+def _bin_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from load_checkpoint(source.path)[0].items()
+
+
+def _gguf_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch
+
+    for name, value in source.gguf.values(source.plan):
+        yield name, torch.from_numpy(value)
+
+
+def _directory_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    tied = source.geometry.tied_embeddings
-    removed = removed_prefixes(source.plan)
-    if source.kind == "gguf":
-        with quiet_transformers():
-            tensors = _load_gguf(source, resolve_dtype("float32", resolve_device("cpu"))).state_dict().items()
-            yield from _untied(tied, tensors)
-        return
     for path in weight_files(source):
         try:
             with safe_open(path, framework="pt") as handle:
-                names = (name for name in handle.keys() if not name.startswith(removed))  # noqa: SIM118
-                yield from _untied(tied, ((name, handle.get_tensor(name)) for name in names))
+                for name in handle.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                    yield name, handle.get_tensor(name)
         except SafetensorError as error:
             raise RunError(f"{path} is damaged and cannot be read: {error}") from error
 
@@ -102,26 +120,61 @@ def _untied(tied: bool, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator
     return (pair for pair in tensors if not (tied and pair[0] == "lm_head.weight"))
 
 
-def build_empty(config: Any, plan: PruningPlan) -> LlamaForCausalLM:
-    """A LlamaForCausalLM on the meta device whose layers have the plan's shapes: weights are to be assigned to it."""
+def model_config(source: ModelSource) -> PretrainedConfig:
+    """The config of the family's stock model, as the weights and the plan are: full attention, no padding token out of range.
+
+    Heads that do not divide the width, which transformers 5 refuses, are set afterwards. Raises RunError for settings that
+    transformers does not take.
+    """
+    from transformers import AutoConfig
+
+    geometry, settings = source.geometry, {name: value for name, value in source.config.items() if name not in FOREIGN}
+    if not 0 <= (settings.get("pad_token_id") or 0) < geometry.vocab_size:
+        settings["pad_token_id"] = None  # padding is never used, and an embedding knows no row for it
+    window = geometry.table.window(settings)
+    if window is not None:
+        _check_rotary(source, settings)
+    settings |= {name: None if name == geometry.table.slides[-1] else False for name in geometry.table.slides}
+    settings |= {"max_position_embeddings": geometry.max_positions, "tie_word_embeddings": geometry.tied_embeddings}
+    heads = {
+        "num_attention_heads": geometry.num_heads,
+        "num_key_value_heads": geometry.num_kv_heads,
+        "head_dim": geometry.head_dim,
+    }
+    try:
+        config = AutoConfig.for_model(geometry.family, **settings | dict.fromkeys(heads, 1))
+    except Exception as error:  # its validators raise their own kinds
+        raise RunError(f"transformers does not take the config of {source.path}: {_line(error)}") from error
+    for name, value in heads.items():
+        setattr(config, name, value)
+    return config
+
+
+def _check_rotary(source: ModelSource, settings: Mapping[str, Any]) -> None:
+    """Raise UsageError where positions are cut to a window and the rotary tables depend on their number."""
+    scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise UsageError(f"{source.path} attends in a sliding window and scales its rotary frequencies: this is not supported")
+
+
+def build_empty(config: PretrainedConfig, plan: PruningPlan) -> PreTrainedModel:
+    """The stock model of a config on the meta device, with layers of the plan's shapes: weights are to be assigned to it."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from LLMPruner.families.slicing import shape_layer
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-        for index, layer in enumerate(model.model.layers):
+        model = AutoModelForCausalLM.from_config(config)
+        for index, layer in enumerate(model.get_submodule(plan.geometry.table.layers)):
             shape_layer(layer, plan, index)
     return model
 
 
-def assign_weights(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> LlamaForCausalLM:
+def assign_weights(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> PreTrainedModel:
     """Give a meta-device model its weights (cast to `dtype`) and a fresh rotary table. Raises RunError on a mismatch."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     tied = model.config.tie_word_embeddings
-    state = {name: tensor.to(dtype) for name, tensor in _untied(tied, tensors.items())}
+    state = {name: tensor.to(dtype) for name, tensor in _untied(tied, tensors)}
     expected = {name: value.shape for name, value in _untied(tied, model.state_dict().items())}
     wrong = [name for name in expected.keys() | state.keys() if name not in state or state[name].shape != expected.get(name)]
     if wrong:
@@ -132,7 +185,7 @@ def assign_weights(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor],
         )
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = LlamaRotaryEmbedding(config=model.config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     model.config.dtype = dtype
     return model.eval()
 
@@ -157,72 +210,17 @@ def _owned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if owns else tensor.clone().contiguous()
 
 
-def _load_directory(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
-    import safetensors
-    from transformers import LlamaForCausalLM
-
-    weight_files(source)  # a hub model's are downloaded here at the latest
-    if source.config["model_type"] != "llama" or not source.plan.is_dense:
-        return _load_export(source, dict(source.config), dtype)
-    try:
-        model, report = LlamaForCausalLM.from_pretrained(source.path, dtype=dtype, output_loading_info=True)
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise RunError(f"{source.path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if report["missing_keys"]:  # transformers would go on with random weights
-        raise RunError(f"{source.path} lacks weights: {min(report['missing_keys'])}")
-    return model
-
-
-def _load_export(source: ModelSource, settings: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
-    """A directory that LLMPruner.export wrote, or a Mistral: stock modules in the plan's shapes, no code of the directory's."""
+def _generation_config(source: ModelSource, model: PreTrainedModel) -> GenerationConfig:
+    """What the model came with, else what its config says."""
     from transformers import GenerationConfig
 
-    foreign = ("model_type", "architectures", "auto_map", "per_layer_config", "sliding_window", "torch_dtype", "dtype")
-    foreign += ("removed_attention", "removed_mlp", "attention_output_bias", "mlp_output_bias", "transformers_version")
-    config = _llama_config({name: value for name, value in settings.items() if name not in foreign})
-    model = assign_weights(build_empty(config, source.plan), dict(open_tensors(source)), dtype)
-    if (source.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.path)
-    return model
+    if source.kind == "bin" and "__generation_config__" in source.meta:
+        return GenerationConfig(**json.loads(source.meta["__generation_config__"]))
+    if source.kind == "hf" and (source.path / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(source.path)
+    return model.generation_config
 
 
-def _llama_config(settings: dict[str, Any]) -> LlamaConfig:
-    """A LlamaConfig, also of heads that do not divide the width: transformers 5 refuses those, so they are set afterwards."""
-    from transformers import LlamaConfig
-
-    heads = settings["num_attention_heads"]
-    known = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": settings.get("num_key_value_heads") or heads,
-        "head_dim": settings.get("head_dim") or settings["hidden_size"] // heads,
-    }
-    config = LlamaConfig(**settings | dict.fromkeys(known, 1))
-    for name, value in known.items():
-        setattr(config, name, value)
-    return config
-
-
-def _load_gguf(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Dequantize through transformers, then rebuild: its own object is marked quantized and refuses to be cast or saved."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    folder, name = source.path.parent, source.path.name
-    dequantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    settings = dequantized.config.to_dict()
-    settings.pop("quantization_config", None)
-    model = build_empty(LlamaConfig(**settings), source.plan)
-    model = assign_weights(model, dequantized.state_dict(), dtype)
-    model.generation_config = dequantized.generation_config
-    return model
-
-
-def _load_bin(source: ModelSource, dtype: torch.dtype) -> LlamaForCausalLM:
-    from transformers import GenerationConfig
-
-    tensors, meta = load_checkpoint(source.path)
-    model = build_empty(_llama_config(json.loads(meta["__config__"])), source.plan)
-    model = assign_weights(model, tensors, dtype)
-    if "__generation_config__" in meta:
-        model.generation_config = GenerationConfig(**json.loads(meta["__generation_config__"]))
-    return model
+def _line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())

@@ -15,29 +15,62 @@ from LLMPruner.model.source import ModelSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Blanks, digits, line ends, contractions, code, accents and scripts: what a wrongly read tokenizer splits otherwise.
+PROBES = (
+    " The river's 1234567 stones,  it'll weigh 12.5 kg.\n\n\tdef f(x):\r\n        return x ** 2\n",
+    "a  123   Straße naïve déjà-vu e\u0301 ½ ² 東京 23区 مرحبا 🙂🙂 \u00a0end ",
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The model's tokenizer alone, so that data can be checked before any weight is read."""
-    from transformers import AutoTokenizer
+    """The model's tokenizer alone, so that data can be checked before any weight is read.
 
+    The pipeline is that of `tokenizer.json`, whatever class `tokenizer_config.json` names: transformers 5 rebuilds some classes
+    by rules of their own, and a byte-level tokenizer named LlamaTokenizerFast loses all blanks. Raises UsageError where there
+    is none, or where it does not give the ids that the file itself gives.
+    """
     with quiet_transformers():
-        if source.kind == "gguf":
-            return AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
+        if source.gguf is not None:
+            from LLMPruner.model.gguf_tokenizer import tokenizer_of_gguf
+
+            return tokenizer_of_gguf(source.path, source.gguf.tokenizer_fields())
         if source.kind == "hf":
             if not (source.path / "tokenizer.json").is_file():
                 raise UsageError(f"{source.path} has no tokenizer.json: save the model's fast tokenizer beside its weights")
-            try:
-                return AutoTokenizer.from_pretrained(source.path)
-            except Exception as error:  # each broken file raises its own kind
-                raise UsageError(f"{source.path} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+            return _from_folder(source.path, source.path)
         with tempfile.TemporaryDirectory() as folder:
             for name, text in json.loads(source.meta["__tokenizer__"]).items():
                 if name not in TOKENIZER_FILES:
                     raise RunError(f"{source.path} carries an unexpected tokenizer file: {name}")
                 Path(folder, name).write_text(text, encoding="utf-8")
-            return AutoTokenizer.from_pretrained(folder)
+            return _from_folder(Path(folder), source.path)
+
+
+def _from_folder(folder: Path, shown: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder's files; `shown` is where they come from."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # each broken file raises its own kind
+        raise UsageError(f"{shown} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    if not reads_as_its_file(tokenizer, folder / "tokenizer.json"):
+        raise UsageError(
+            f"{shown}: transformers makes other ids of its tokenizer than its tokenizer.json says: update both, "
+            "or save the tokenizer anew with save_pretrained"
+        )
+    return tokenizer
+
+
+def reads_as_its_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
+    """Whether a tokenizer gives the ids that `tokenizer.json` itself gives, of text with all that is easily lost."""
+    from tokenizers import Tokenizer
+
+    own = Tokenizer.from_file(str(file))
+    own.no_truncation()
+    own.no_padding()
+    return all(tokenizer(text, verbose=False).input_ids == own.encode(text).ids for text in PROBES)
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, str]:

@@ -113,6 +113,10 @@ class RecoverJob:
     test_before: bool = False
     test_after: bool = False
 
+    def __post_init__(self) -> None:
+        evaluation = replace(self.evaluation, text_format=self.common.text_format)  # one run measures on one kind of text
+        object.__setattr__(self, "evaluation", evaluation)
+
     @property
     def measures(self) -> bool:
         """Whether any PPL is to be reported."""
@@ -143,7 +147,7 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
         file = Path(config.layer_importance_file)
         importance = LayerImportance.load(file, job.source.fingerprint(), geometry.num_layers)
     for corpus, split, seq_len in _corpora(job):
-        check_corpus(corpus, job.common.data_dir, split, seq_len)
+        check_corpus(corpus, job.common.data_dir, split, seq_len, job.common.text_format)
     if not job.dry_run:
         sizes = [geometry.dense_params - budget.target] * (job.save + job.saves_finetuned)
         _check_space(job, sizes, folder)
@@ -152,24 +156,24 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
 
 def check_recover(job: RecoverJob, folder: Path) -> None:
     """All checks that need no weights. Raises UsageError, with nothing changed on disk."""
-    seq_len, data_dir = job.training.seq_len, job.common.data_dir
+    seq_len, data_dir, text_format = job.training.seq_len, job.common.data_dir, job.common.text_format
     check_seq_len(job.source, "--seq_len", seq_len)
-    check_corpus(job.training.dataset, data_dir, "train", seq_len)
+    check_corpus(job.training.dataset, data_dir, "train", seq_len, text_format)
     if job.measures:
         for name in job.evaluation.datasets:
-            check_corpus(name, data_dir, "test", seq_len)
+            check_corpus(name, data_dir, "test", seq_len, text_format)
     if job.save:
         _check_not_overwritten(job.source, folder, (FINETUNED_FILE,), "--save_name")
     check_export_places(job.export, folder, job.source.path)
     _check_space(job, [job.source.plan.total_params] * job.save, folder)
 
 
-def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig) -> None:
-    """Raise UsageError where a wanted export could not be written, before any weight is read."""
+def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig, *, prunes: bool = False) -> None:
+    """Raise UsageError where a wanted export could not be written, before any weight is read. `prunes`: it is to be pruned."""
     if export.formats:
         from LLMPruner.export.writer import check_export
 
-        check_export(source, tokenizer, export)
+        check_export(source, tokenizer, export, prunes=prunes)
 
 
 def check_export_places(export: ExportConfig, folder: Path, source: Path) -> None:
@@ -184,6 +188,10 @@ def check_export_places(export: ExportConfig, folder: Path, source: Path) -> Non
             raise UsageError(f"the export {place} would replace the model that is read: choose another folder or name")
         if not _is_export(place, form):
             raise UsageError(f"{place} is something else than an export, which would replace it: choose another folder")
+    if "gguf" in export.formats:
+        from LLMPruner.export.card import check_beside
+
+        check_beside(folder / EXPORT_FORMATS["gguf"])
 
 
 def search_key(job: PruneJob) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Runs in llama-cpp-python's environment: tokens, logits and greedy continuation of a GGUF, as JSON and .npy.
+"""Runs in llama-cpp-python's environment: tokens and logits of prompts and a greedy continuation by a GGUF, as JSON and .npz.
 
 python run_llama_cpp.py MODEL.gguf JOB.json OUTPUT_PREFIX
 """
@@ -11,18 +11,22 @@ from llama_cpp import GGML_TYPE_F32, Llama
 
 
 def main(model: str, job_file: str, prefix: str) -> None:
-    """`job`: text (to tokenize), ids (to evaluate), new_tokens."""
+    """`job`: texts (to tokenize), ids (of each, to evaluate), new_tokens (to add to the first)."""
     with open(job_file) as handle:
         job = json.load(handle)
     llm = Llama(model, n_ctx=256, logits_all=True, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, verbose=False)
-    tokens = llm.tokenize(job["text"].encode(), add_bos=True, special=True)
-    llm.eval(job["ids"])
-    numpy.save(prefix + ".npy", numpy.array(llm.scores[: len(job["ids"])]))
-    ids = list(job["ids"])
+    tokens = [llm.tokenize(text.encode(), add_bos=True, special=True) for text in job["texts"]]
+    logits = []
+    for ids in reversed(job["ids"]):  # the first one last: it goes on
+        llm.reset()
+        llm.eval(ids)
+        logits.insert(0, numpy.array(llm.scores[: len(ids)]))
+    numpy.savez(prefix + ".npz", *logits)
+    ids = list(job["ids"][0])
     for _ in range(job["new_tokens"]):
         ids.append(int(llm.scores[len(ids) - 1].argmax()))
         llm.eval(ids[-1:])
-    result = {"tokens": tokens, "greedy": ids[len(job["ids"]) :], "metadata": llm.metadata}
+    result = {"tokens": tokens, "greedy": ids[len(job["ids"][0]) :], "metadata": llm.metadata}
     if "messages" in job:
         answer = llm.create_chat_completion(job["messages"], max_tokens=8, temperature=0)
         result["chat"] = answer["choices"][0]["message"]["content"]

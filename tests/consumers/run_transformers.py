@@ -43,12 +43,13 @@ def main(folder, output):
     assert not any("LLMPruner" in path for path in sys.modules), "the repository leaked in"
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = load(folder, torch_dtype=torch.float32) if transformers.__version__ < "5" else load(folder, dtype=torch.float32)
-    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    ids = prompt["input_ids"]
     settings = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0, "eos_token_id": [-1]}
     with torch.no_grad():
-        logits = model(input_ids=ids).logits
-        cached = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-        plain = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **settings)
+        logits = model(**prompt).logits
+        cached = model.generate(**prompt, **settings)  # as a user passes it, with all that the tokenizer answers
+        plain = model.generate(**prompt, use_cache=False, **settings)
         left = torch.nn.functional.pad(ids, (5, 0))
         mask = torch.nn.functional.pad(torch.ones_like(ids), (5, 0))
         both, masks = torch.cat([left, left.flip(0)]), torch.cat([mask, mask])
@@ -61,12 +62,13 @@ def main(folder, output):
     with tempfile.TemporaryDirectory() as again, torch.no_grad():
         merged.save_pretrained(again)
         saved = merged(input_ids=ids).logits
-        reloaded = load(again)(input_ids=ids).logits
+        reloaded = load(again)(**prompt).logits
     torch.save({"logits": logits, "generated": cached, "bfloat16": low_logits}, output)
     facts = {
         "transformers": transformers.__version__,
         "class": type(model).__name__,
         "tokens": ids[0].tolist(),
+        "inputs": sorted(prompt),
         "cached equals plain": cached.equal(plain),
         "padded equals alone": padded[0, 5:].equal(cached[0]) and padded[1, 5:].equal(cached[0]),
         "kv heads": heads,

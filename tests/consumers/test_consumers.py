@@ -20,10 +20,18 @@ from tests.consumers.exports import export, python_of, reference, smollm2, tiny
 
 HERE = Path(__file__).parent
 PROMPT = "The river rises in the mountains"
+TEXTS = [
+    PROMPT,
+    "The capital of France is Paris, and that of Italy is",
+    "def mean(values):\n    return sum(values) /",
+    "In 1687 Newton published 3 laws of motion; the 2nd says that",
+    "  \n\nOnce upon a time there was a small house at the edge of a very large and very dark forest, and in it lived",
+    "Δx = 3.5 µm, naïve café, 河流从山里流出",
+]
 pytestmark = pytest.mark.consumers
 
 
-def run(python: str, script: str, *arguments: str, cwd: Path, **environment: str) -> str:
+def run(python: str, script: str | Path, *arguments: str, cwd: Path, **environment: str) -> str:
     """Standard output of a script in its own process, away from this repository."""
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     settings |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home"), **environment}
@@ -52,6 +60,25 @@ def test_transformers_without_this_repository(version, export, tmp_path):
     assert facts["kv heads"] == [groups or 1 for groups in export.loaded.plan.kv_counts]
     assert facts["losses"][1] < facts["losses"][0]
     assert facts["reload error"] == 0
+    assert facts["inputs"] == ["attention_mask", "input_ids"]
+
+
+@pytest.mark.parametrize("version", ["pinned", "transformers-4.57"])
+def test_a_padded_export_generates_from_what_its_tokenizer_answers(version, export, tmp_path):
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text = sys.argv[1:]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": [-1], "pad_token_id": 0}
+found = model.generate(**tokenizer(text, return_tensors="pt"), **settings)
+print(found[0].tolist())
+"""
+    python = sys.executable if version == "pinned" else python_of(version)
+    (tmp_path / "padded.py").write_text(code)
+    found = json.loads(run(python, tmp_path / "padded.py", export.folder / "padded", PROMPT, cwd=tmp_path).splitlines()[-1])
+    ids = export.loaded.tokenizer(PROMPT).input_ids
+    assert found == ids + reference(export.loaded, ids, 8)[1]
 
 
 @pytest.mark.parametrize("form", ["f32", "q8_0"])
@@ -60,25 +87,55 @@ def test_llama_cpp(form, export, tmp_path):
     if form == "q8_0":
         path = tmp_path / "q8.gguf"
         write_gguf(path, export.loaded, "q8_0")
-    ids = export.loaded.tokenizer(PROMPT).input_ids
-    job = {"text": PROMPT, "ids": ids, "new_tokens": 32}
+    ids = [export.loaded.tokenizer(text).input_ids for text in TEXTS]
+    job = {"texts": TEXTS, "ids": ids, "new_tokens": 32}
     if export.loaded.tokenizer.chat_template:
         job["messages"] = [{"role": "user", "content": "Hello"}]
     (tmp_path / "job.json").write_text(json.dumps(job))
     run(python_of("llama-cpp"), "run_llama_cpp.py", path, "job.json", "out", cwd=tmp_path)
     found = json.loads((tmp_path / "out.json").read_text())
-    logits, greedy = reference(export.loaded, ids)
     assert found["tokens"] == ids
     assert found["metadata"]["general.architecture"] == "deci"
-    error = numpy.abs(numpy.load(tmp_path / "out.npy") - logits.numpy()).max()
+    with numpy.load(tmp_path / "out.npz") as file:
+        rows = [compared(export.loaded, row, theirs) for row, theirs in zip(ids, file.values(), strict=True)]
+    error, largest, divergence = numpy.max(rows, axis=0)
+    print(f"{form}: largest logit {largest:.1f}, difference {error:.2e}, KL {divergence:.2e}")
     if form == "f32":
-        assert error < 2e-2
-        assert found["greedy"] == greedy
-    else:
-        assert error < 0.2 * logits.abs().max()
+        assert error < 5e-2 and divergence < 1e-5
+        assert found["greedy"] == reference(export.loaded, ids[0])[1]
+    else:  # the weights' own error: this model, pruned without repair, carries it far on some of the texts, in torch as well
+        assert rows[0][0] < 0.2 * rows[0][1]
     if "messages" in job:
         assert found["metadata"]["tokenizer.chat_template"] == export.loaded.tokenizer.chat_template
         assert found["chat"]
+
+
+def test_the_speed_of_two_files_is_a_table(tiny, tmp_path):
+    dense = tmp_path / "dense.gguf"
+    dense.write_bytes((tiny.folder / "model.gguf").read_bytes())
+    flags = ["--dense", dense, "--pruned", tiny.folder / "model.gguf", "--repeats", "1"]
+    script = HERE.parent.parent / "benchmarks" / "served.py"
+    output = run(python_of("llama-cpp"), script, *flags, "--prompt_tokens", "16", "--new_tokens", "4", cwd=tmp_path)
+    lines = output.splitlines()
+    assert lines[:2] == ["||dense|pruned|ratio|", "|---|---|---|---|"]
+    rows = [line.strip("|").split("|") for line in lines[2:5]]
+    assert [row[0] for row in rows] == ["prefill (tokens/s)", "decode (tokens/s)", "file (MB)"]
+    for _, *speeds, ratio in rows:
+        slow, fast = (float(speed.replace(",", "")) for speed in speeds)
+        assert slow > 0 and float(ratio) == pytest.approx(fast / slow, rel=0.1)
+    command = [python_of("llama-cpp"), script, *flags]  # 512 + 64 tokens, where the model has 256 positions
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 2 and "fewer than the 576 tokens asked for" in done.stderr.splitlines()[-1]
+
+
+@torch.no_grad()
+def compared(loaded, ids: list[int], theirs: numpy.ndarray) -> tuple[float, float, float]:
+    """Largest difference of a logit, largest logit, and largest KL(ours || theirs) at a token, in nats."""
+    ours = loaded.model(input_ids=torch.tensor([ids])).logits[0].double()
+    other = torch.from_numpy(theirs).double()
+    p, q = ours.log_softmax(-1), other.log_softmax(-1)
+    divergence = (p.exp() * (p - q)).sum(-1)  # (tokens,)
+    return (ours - other).abs().max().item(), ours.abs().max().item(), divergence.max().item()
 
 
 def test_vllm(export, tmp_path):

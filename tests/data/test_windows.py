@@ -282,3 +282,62 @@ def test_the_seed_draws_the_windows_of_a_run(data_dir, tokenizer):
     one, same, other = drawn(1), drawn(1), drawn(2)
     assert len(one) == 5 and all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture
+def both_formats(tmp_path) -> str:
+    """A --data_dir whose text has a letter twice and, raw alone, line ends after it."""
+    for folder in ("wikitext-2-raw", "c4"):
+        for split in ("train", "validation", "test"):
+            write(tmp_path, folder, split, *(["aa", ""] * 100))
+    return str(tmp_path)
+
+
+def is_raw(windows: torch.Tensor | None) -> bool:
+    return "\n" * 5 in "".join(words(windows))
+
+
+@pytest.mark.parametrize("corpus", ["wikitext2", "c4"])
+@pytest.mark.parametrize("text_format", ["clean", "raw"])
+def test_the_text_format_of_a_run_reaches_the_windows_of_every_stage(both_formats, corpus, text_format):
+    common, evaluation = CommonConfig(data_dir=both_formats, text_format=text_format), EvalConfig((corpus,), 9, 2)
+    options = {"evaluation": evaluation, "finetune": FinetuneConfig(samples=8, seq_len=10, dataset=corpus)}
+    config = replace(PRUNE, calibration_dataset=corpus)
+    windows = prune_windows(Characters(), config, common, analyzes=True, calibrates=True, **options)
+    found = [rows for rows in windows.all() if rows is not None]
+    assert len(found) == 6 and all("\n" in "".join(words(rows)) for rows in found)
+    assert {is_raw(rows) for rows in found} == {text_format == "raw"}
+
+
+def test_one_process_reads_both_formats(both_formats):
+    reader, place = Characters(), {"seq_len": 8, "data_dir": both_formats}
+    for samples in (0, 4):
+        for text_format in ("clean", "raw", "clean"):
+            for corpus in ("wikitext2", "c4"):
+                rows = load_windows(reader, corpus, "test", samples=samples, text_format=text_format, **place)
+                assert is_raw(rows) == (text_format == "raw"), "nothing cached may be of the other format"
+
+
+def test_tokenizers_are_compared_on_the_text_that_is_measured(tmp_path):
+    class Blind(Characters):
+        def __call__(self, text, **options):
+            return super().__call__(text.replace("\n" * 5, "\n\n"), **options)
+
+    write(tmp_path, "wikitext-2-raw", "test", *(["aa", ""] * 20))
+    for text_format, alike in (("clean", True), ("raw", False)):
+        config = EvalConfig(seq_len=4, text_format=text_format)
+        assert read_alike(Characters(), Blind(), config, str(tmp_path)) == alike
+
+
+def test_a_copy_of_wikitext_without_its_empty_rows_is_warned_of_where_it_is_read_raw(tmp_path, caplog):
+    write(tmp_path, "wikitext-2-raw", "train", "a", "", "b")
+    write(tmp_path, "wikitext-2-raw", "test", "a", "b")
+    for split, text_format, warned in (("test", "raw", True), ("test", "clean", False), ("train", "raw", False)):
+        caplog.clear()
+        load_windows(Characters(), "wikitext2", split, seq_len=2, data_dir=str(tmp_path), text_format=text_format)
+        assert ("has no empty rows here" in caplog.text) == warned
+
+
+def test_a_text_format_that_does_not_exist_is_refused():
+    with pytest.raises(UsageError, match="--text_format must be clean or raw, got papers"):
+        CommonConfig(text_format="papers")

@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
+from LLMPruner.errors import DamagedError
 from LLMPruner.evaluator import health
 from LLMPruner.evaluator.health import (
     HUGE,
@@ -19,7 +20,6 @@ from LLMPruner.evaluator.health import (
     diagnose_forward,
     diagnose_weights,
     expected_shapes,
-    report_text,
     shape_findings,
     tensor_findings,
     unreadable,
@@ -27,6 +27,7 @@ from LLMPruner.evaluator.health import (
     with_original,
 )
 from LLMPruner.evaluator.massive import RATIO
+from LLMPruner.evaluator.report import report_text
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import LoadedModel, load_model, save_model
@@ -121,10 +122,10 @@ def test_a_dense_directory_may_carry_old_rotary_tables_but_a_bin_no_stranger(tra
     (tmp_path / "config.json").write_text((trained_dir / "config.json").read_text())
     save_file(load_file(trained_dir / "model.safetensors") | {extra: torch.ones(4)}, tmp_path / "model.safetensors")
     diagnosis = diagnose_weights(find_model(str(tmp_path), "--model_path"))
-    assert diagnosis.healthy and [finding.where for finding in diagnosis.findings] == [extra]
+    assert diagnosis.healthy and [finding.where for finding in diagnosis.findings] == ["tokenizer"], "there is none here"
     payload = torch.load(source.path, weights_only=True)
     torch.save(payload | {"stranger": torch.ones(4)}, source.path)
-    assert ("stranger", "is not part of a Llama") in errors(diagnose_weights(source))
+    assert ("stranger", "is not part of the model that the config describes") in errors(diagnose_weights(source))
 
 
 def test_the_record_of_the_run_must_agree(source):
@@ -145,8 +146,9 @@ def test_a_flipped_bit_fails_the_checksum(source):
 def test_a_damaged_directory_is_a_finding(trained_dir, tmp_path):
     (tmp_path / "config.json").write_text((trained_dir / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes((trained_dir / "model.safetensors").read_bytes()[:-100])
-    diagnosis = diagnose_weights(find_model(str(tmp_path), "--model_path"))
-    assert not diagnosis.healthy and "damaged" in errors(diagnosis)[0][1]
+    with pytest.raises(DamagedError, match="is damaged") as found:
+        find_model(str(tmp_path), "--model_path", faulty=True)
+    assert not unreadable(str(tmp_path), found.value).healthy
 
 
 def test_the_forward_test_passes_a_trained_model_and_tells_its_text(source):

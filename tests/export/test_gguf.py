@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy
 import pytest
 import torch
@@ -11,7 +13,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from LLMPruner.errors import UsageError
-from LLMPruner.export.gguf import LLAMA3_SPLIT, _interleaved, _pre_tokenizer, _rope_factors, check_gguf, write_gguf
+from LLMPruner.export.gguf import _interleaved, _rope_factors, check_gguf, write_gguf
+from LLMPruner.model.gguf_tokenizer import LLAMA3_SPLIT, pre_tokenizer_name
 from LLMPruner.plan import LayerPlan, PruningPlan
 from tests.conftest import VOCAB, geometry_of, tiny_config, tiny_model
 from tests.export.test_hf import LLAMA3_ROPE, pruned
@@ -117,9 +120,9 @@ def test_rules_that_llama_cpp_knows_by_name_are_told_from_others():
 
     bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert _pre_tokenizer(split(byte_level)) == "gpt-2"
-    assert _pre_tokenizer(split(pre_tokenizers.Digits(individual_digits=True), byte_level)) == "smollm"
-    assert _pre_tokenizer(split(pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), bare)) == "llama-bpe"
+    assert pre_tokenizer_name(split(byte_level)) == "gpt-2"
+    assert pre_tokenizer_name(split(pre_tokenizers.Digits(individual_digits=True), byte_level)) == "smollm"
+    assert pre_tokenizer_name(split(pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), bare)) == "llama-bpe"
     for other in (
         split(bare),
         split(pre_tokenizers.Digits(individual_digits=False), byte_level),
@@ -131,13 +134,13 @@ def test_rules_that_llama_cpp_knows_by_name_are_told_from_others():
         split(pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), byte_level),
     ):
         with pytest.raises(UsageError, match="choose the hf or padded export"):
-            _pre_tokenizer(other)
+            pre_tokenizer_name(other)
 
 
 def test_rotary_scaling_without_a_gguf_name_is_refused(tokenizer):
     config = tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(UsageError, match="rotary scaling 'dynamic'"):
-        check_gguf(config.to_dict(), tokenizer)
+        check_gguf(config.to_dict(), tokenizer, uniform=False)
 
 
 def test_a_failed_export_leaves_nothing(tokenizer, tmp_path, monkeypatch):
@@ -145,3 +148,87 @@ def test_a_failed_export_leaves_nothing(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_gguf(tmp_path / "m.gguf", pruned(tokenizer))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_act": "gelu"}, "the activation 'gelu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),  # in transformers' older words
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rotary scaling 'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}, "of their own for some layers"),
+        ({"partial_rotary_factor": 0.5}, "a part of each head"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "a part of each head"),
+        ({"model_type": "qwen3"}, "a pruned qwen3, whose layers have norms inside, cannot be written as GGUF"),
+    ],
+)
+def test_what_llama_cpp_could_not_be_told_is_refused_before_the_run(changes, words, tokenizer):
+    with pytest.raises(UsageError, match=words):
+        check_gguf(changes, tokenizer, uniform=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},  # of a GGUF
+        {"hidden_act": "swish"},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": LLAMA3_ROPE, "partial_rotary_factor": 1.0},
+        {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096, "layer_types": ["full_attention"]},
+        {"model_type": "mistral", "sliding_window": None},
+        tiny_config(attention_bias=True, mlp_bias=True).to_dict(),
+    ],
+)
+def test_what_llama_cpp_can_be_told_passes(config, tokenizer):
+    check_gguf(config, tokenizer, uniform=False)
+    check_gguf({"model_type": "qwen3"}, tokenizer, uniform=True)
+
+
+def test_where_the_model_comes_from_and_what_was_removed_stands_in_the_file(tokenizer, tmp_path):
+    loaded = pruned(tokenizer)
+    path = "/home/me/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B/snapshots/0e9e39"
+    loaded.provenance |= {"base_model": path, "command": f"python prune.py --base_model {path}"}
+    write_gguf(tmp_path / "m.gguf", loaded)
+    fields, _ = read(tmp_path / "m.gguf")
+    dense, kept = loaded.plan.geometry.dense_params, sum(p.numel() for p in loaded.model.parameters())
+    assert fields["general.name"] == "Llama-3.1-8B pruned" and fields["general.basename"] == "Llama-3.1-8B"
+    assert (fields["general.type"], fields["general.finetune"]) == ("model", "pruned")
+    assert fields["general.base_model.0.organization"] == "meta-llama" and fields["general.base_model.count"] == 1
+    assert fields["general.base_model.0.repo_url"] == "https://huggingface.co/meta-llama/Llama-3.1-8B"
+    assert (fields["llmpruner.parameters"], fields["llmpruner.dense_parameters"]) == (kept, dense)
+    assert fields["llmpruner.pruning_ratio"] == pytest.approx(1 - kept / dense)
+    assert fields["llmpruner.base_model"] == "meta-llama/Llama-3.1-8B"
+    assert json.loads(fields["llmpruner.settings"]) == {"repair": "none"}
+    assert json.loads(fields["llmpruner.provenance"])["command"] == "python prune.py --base_model 0e9e39"
+    assert b"/home/me" not in (tmp_path / "m.gguf").read_bytes()
+
+
+def test_a_dense_file_is_not_called_pruned(tokenizer, tmp_path):
+    loaded = pruned(tokenizer, PruningPlan.dense(geometry_of(tiny_model())))
+    loaded.provenance = {"base_model": "models/Llama-3.1-8B"}
+    write_gguf(tmp_path / "m.gguf", loaded)
+    fields, _ = read(tmp_path / "m.gguf")
+    assert fields["general.name"] == "Llama-3.1-8B" and fields["llmpruner.pruning_ratio"] == 0
+    assert not any("pruned" in str(fields[name]) for name in fields if name.startswith(("general.", "llmpruner.")))
+    assert not any("base_model.0" in name for name in fields)
+
+
+def test_a_card_and_a_modelfile_stand_beside(tokenizer, tmp_path):
+    loaded = pruned(tokenizer)
+    loaded.model.generation_config.eos_token_id = [1, 2]
+    row = {"corpus": "ptb", "split": "test", "windows": 3, "seq_len": 64, "ppl": 12.345}
+    for _ in range(2):  # the second time over its own
+        write_gguf(tmp_path / "m.gguf", loaded, measured={"pruned": [row]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "m.gguf", "m.md"]
+    assert "| pruned | ptb | test | 3 | 64 | 12.35 |" in (tmp_path / "m.md").read_text()
+    stops = [tokenizer.eos_token, tokenizer.convert_ids_to_tokens(2)]
+    lines = (tmp_path / "Modelfile").read_text().splitlines()
+    assert lines[1:] == ["FROM ./m.gguf", *(f'PARAMETER stop "{stop}"' for stop in stops if '"' not in stop)]
+
+
+@pytest.mark.parametrize("name", ["Modelfile", "m.md"])
+def test_a_strangers_file_beside_stops_the_export_before_anything_is_written(name, tokenizer, tmp_path):
+    (tmp_path / name).write_text("FROM llama3")
+    with pytest.raises(UsageError, match="was not written by an export"):
+        write_gguf(tmp_path / "m.gguf", pruned(tokenizer))
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "FROM llama3"

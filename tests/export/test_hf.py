@@ -185,6 +185,23 @@ def test_the_directory_is_complete_and_its_card_says_what_it_is(tokenizer, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.parametrize("write", [write_hf, write_padded])
+def test_the_tokenizer_names_what_the_model_takes_and_no_place_of_this_machine(write, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "own")
+    loaded = pruned(AutoTokenizer.from_pretrained(tmp_path / "own"))
+    loaded.provenance |= {"base_model": str(tmp_path / "own"), "command": f"python prune.py --base_model={tmp_path}/own"}
+    write(tmp_path / "x", loaded, {})
+    settings = json.loads((tmp_path / "x" / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert not {"is_local", "local_files_only", "name_or_path"} & settings.keys()
+    for file in (tmp_path / "x").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} names a place of this machine"
+    again = AutoTokenizer.from_pretrained(tmp_path / "x")
+    text = "The cat sees the king"
+    assert dict(again(text)) == {"input_ids": tokenizer(text).input_ids, "attention_mask": tokenizer(text).attention_mask}
+    assert again.eos_token_id == tokenizer.eos_token_id
+
+
 def test_shards_and_their_index_hold_every_tensor(tokenizer, tmp_path):
     loaded = pruned(tokenizer, removed=True)
     layout = filled(loaded.plan)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +18,12 @@ import evaluate_models
 import llama3_unbalanced_pruning_gqa_aware as pruning
 import test_finetuning as finetuning
 from LLMPruner.export.__main__ import main as export
+from LLMPruner.export.__main__ import precision
 from LLMPruner.model.load import load_model, save_model
 from LLMPruner.model.source import find_model
 from tests.conftest import half_pruned, random_windows
 
+ROOT = Path(__file__).parent.parent.parent
 QUICK = ["--dtype=float32"]
 SMALL = ["--layer_importance_samples=4", "--channel_importance_samples=4", "--calibration_seq_len=32"]
 SMALL += ["--layer_importance_seq_len=32", "--eval_seq_len=32", "--eval_samples=4", *QUICK]
@@ -117,6 +123,7 @@ def test_the_card_of_an_existing_checkpoint_tells_what_its_run_measured(place):
         (["m.bin", "--output=mine"], "something else than an export"),
         (["m.bin", "--output=mine", "--format", "gguf"], "something else than an export"),
         (["m.bin", "--output=mine", "--format", "padded"], "is a link"),
+        (["m.bin", "--output=ollama", "--format", "hf", "gguf"], "Modelfile was not written by an export"),
     ],
 )
 def test_a_wrong_export_is_one_sentence_and_changes_nothing(place, capsys, flags, words):
@@ -125,6 +132,8 @@ def test_a_wrong_export_is_one_sentence_and_changes_nothing(place, capsys, flags
     (place / "mine" / "hf" / "thesis.txt").write_text("years of work")
     (place / "mine" / "model.gguf").write_text("notes")
     (place / "mine" / "padded").symlink_to(place / "elsewhere")
+    (place / "ollama").mkdir()
+    (place / "ollama" / "Modelfile").write_text("FROM llama3")
     before = sorted(str(path) for path in place.rglob("*"))
     try:
         code = export([*flags, *QUICK])
@@ -174,9 +183,69 @@ def test_the_weights_own_precision_is_kept_whatever_the_machine_likes(trained_di
         assert AutoModelForCausalLM.from_pretrained("out/hf", dtype="auto").dtype == dtype
 
 
+def test_a_dense_gguf_is_exported_in_the_precision_that_pruning_it_here_has(place, monkeypatch):
+    source = SimpleNamespace(kind="gguf", config={})
+    for fast, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda fast=fast: fast)
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+        assert precision(source) == expected
+    assert precision(find_model("m.bin", "x")) == "float32"
+
+
+def test_help_answers_without_waiting_for_torch_and_the_import_registers():
+    run = [sys.executable, "-X", "importtime", "-m", "LLMPruner.export", "--help"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = {
+        line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "--gguf_type" in done.stdout and "LLMPruner" in modules
+    assert not {"torch", "transformers", "numpy"} & modules
+    code = (
+        "import LLMPruner.export; from transformers import AutoConfig; print(AutoConfig.for_model('pruned_llama').model_type)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "pruned_llama\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dense=a.gguf"], "--pruned"),
+        (["--dense=a.gguf", "--pruned=missing.gguf"], "--pruned missing.gguf cannot be read"),
+        (["--dense=a.gguf", "--pruned=notes.gguf"], "--pruned notes.gguf is not a GGUF file"),
+        (["--dense=a.gguf", "--pruned=."], "--pruned . cannot be read"),
+        (["--dense=a.gguf", "--pruned=a.gguf"], "are the same file"),
+        (["--dense=a.gguf", "--pruned=b.gguf", "--repeats=0"], "--repeats must be 1 or more"),
+        (["--dense=a.gguf", "--pruned=b.gguf"], "llama-cpp-python is missing"),
+    ],
+)
+def test_the_benchmark_of_served_models_checks_its_inputs_first(flags, words, tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    (tmp_path / "notes.gguf").write_text("notes")
+    run = [sys.executable, str(ROOT / "benchmarks" / "served.py"), *flags]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_activation_that_gguf_cannot_name_is_refused_before_pruning(trained_dir, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained_dir, "model")
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    flags = ["--base_model=model", f"--data_dir={data_dir}", "--save_ckpt_log_name=x", *SMALL, "--export", "gguf"]
+    assert pruning.main(flags) == 2
+    assert "the activation 'gelu' cannot be written as GGUF" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_tokenizer_that_gguf_cannot_name_is_refused_before_pruning(trained_dir, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("LLMPruner.export.gguf._pre_tokenizer", refuse)
+    monkeypatch.setattr("LLMPruner.export.gguf.pre_tokenizer_name", refuse)
     flags = [f"--base_model={trained_dir}", f"--data_dir={data_dir}", "--save_ckpt_log_name=x", *SMALL, "--export", "gguf"]
     assert pruning.main(flags) == 2
     assert "cannot be named" in capsys.readouterr().err

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from LLMPruner.config import LoraConfig
-from LLMPruner.families.family import Family, Whole
-from LLMPruner.families.llama import ATTENTION, FAMILIES, LLAMA, MISTRAL, MLP, family_of
+from LLMPruner.families.family import Family
+from LLMPruner.families.llama import ATTENTION, FAMILIES, LLAMA, MISTRAL, MLP, QWEN2, QWEN3, family_of
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.size import count_parameters
@@ -32,12 +32,10 @@ from LLMPruner.trainer.finetuner import adapters
 
 WINDOWS, CALIBRATION = random_windows(), random_windows(60, 16, seed=1)
 
-# Families that the package does not know, as data alone.
-q, k, v = (replace(projection, bias=True) for projection in ATTENTION.inputs)
-QWEN2 = Family("qwen2", replace(ATTENTION, inputs=(q, k, v), output=replace(ATTENTION.output, bias=False)), MLP)
-QWEN3 = Family("qwen3", replace(ATTENTION, whole=(Whole("q_norm", "head_dim"), Whole("k_norm", "head_dim"))), MLP)
+# A family that the package does not know, as data alone.
 GEMMA2 = Family(
     "gemma2",
+    "Gemma2",
     replace(ATTENTION, wraps=("post_attention_layernorm",)),
     replace(MLP, norm="pre_feedforward_layernorm", wraps=("post_feedforward_layernorm",)),
 )
@@ -204,7 +202,7 @@ def test_lora_adapts_the_tables_projections_and_no_other_module(kind, targets):
 
 def test_the_model_type_of_an_export_is_its_familys_and_an_unknown_one_has_none():
     assert family_of("llama") is family_of("pruned_llama") is LLAMA and family_of("mistral") is MISTRAL
-    assert family_of("qwen2") is family_of(None) is family_of("") is None
+    assert family_of("gemma2") is family_of(None) is family_of("") is None
 
 
 def test_a_sublayer_is_asked_for_by_name_and_the_output_is_the_last_projection():

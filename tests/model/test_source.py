@@ -95,12 +95,12 @@ def test_a_file_of_the_wrong_content_is_refused(tmp_path, name, complaint, conte
 
 def test_a_gguf_of_another_architecture_is_refused(tmp_path):
     gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen2")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "falcon")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UsageError, match="its architecture is 'qwen2'"):
+    with pytest.raises(UsageError, match="its architecture is 'falcon', known are llama, qwen2, qwen3"):
         find_model(str(tmp_path / "model.gguf"), FLAG)
 
 
@@ -184,8 +184,12 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch, tmp_path):
 
 def test_the_files_of_weights_are_those_that_hold_them(model_dir, pruned_bin):
     folder, (path, _, _) = model_dir(), pruned_bin()
-    (folder / "model-2.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    assert [file.name for file in weight_files(find_model(str(folder), FLAG))] == ["model-2.safetensors", "model.safetensors"]
+    fingerprint = find_model(str(folder), FLAG).fingerprint()
+    for other in ("consolidated.safetensors", "adapter_model.safetensors"):
+        (folder / other).write_bytes(b"another format's")
+    (folder / "adapter_config.json").write_text("{}")
+    source = find_model(str(folder), FLAG)
+    assert weight_files(source) == [folder / "model.safetensors"] and source.fingerprint() == fingerprint
     assert weight_files(find_model(str(path), FLAG)) == [path]
 
 
@@ -208,8 +212,10 @@ def test_an_export_that_died_between_two_renames_is_found(model_dir):
     ("changes", "complaint"),
     [
         ({"sliding_window": 4096}, "attends in a sliding window"),
+        ({"layer_types": ["linear_attention"] * 4}, "layers of the kind 'linear_attention'"),
+        ({"num_local_experts": 8}, "is a mixture of experts"),
         ({"quantization_config": {"bits": 4}}, "is quantized"),
-        ({"model_type": "qwen2"}, "model_type is 'qwen2', known are llama, mistral"),
+        ({"model_type": "gemma2"}, "model_type is 'gemma2', known are llama, mistral, qwen2, qwen3"),
         ({"per_layer_config": [1, 2]}, "per_layer_config is malformed"),
     ],
 )

@@ -7,11 +7,16 @@ from dataclasses import replace
 
 import pytest
 from conftest import make_text
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from LLMPruner.config import ExportConfig
 from LLMPruner.errors import RunError, UsageError
+from LLMPruner.export.writer import write_exports
+from LLMPruner.model.load import load_model, save_model
 from LLMPruner.model.source import find_model
-from LLMPruner.model.tokenizer import TOKENIZER_FILES, load_tokenizer, quiet_transformers, tokenizer_files
+from LLMPruner.model.tokenizer import PROBES, TOKENIZER_FILES, load_tokenizer, quiet_transformers, tokenizer_files
 
 FLAG = "--base_model"
 TEXT = make_text(3, seed=5)
@@ -75,3 +80,49 @@ def test_transformers_speaks_again_afterwards_also_after_a_failure():
         assert not transformers_logging.is_progress_bar_enabled()
         raise KeyError
     assert transformers_logging.get_verbosity() == before and transformers_logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2TokenizerFast", None])
+def test_ids_are_those_of_the_file_whatever_class_is_named(model_dir, tmp_path, name):
+    """transformers 5 rebuilds a byte-level tokenizer.json as SentencePiece where the class is LlamaTokenizerFast."""
+    folder = model_dir()
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": name, "legacy": True}
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    wanted = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = (*PROBES, TEXT, "<s>in  the\n\n city</s>")
+    loaded = load_model(find_model(str(folder), FLAG), dtype="float32", device="cpu")
+    save_model(tmp_path / "m.bin", loaded)
+    write_exports(loaded, ExportConfig(("hf", "padded")), tmp_path / "out", {})
+    readers = [
+        loaded.tokenizer,
+        load_tokenizer(find_model(str(tmp_path / "m.bin"), FLAG)),
+        *(AutoTokenizer.from_pretrained(tmp_path / "out" / form, trust_remote_code=True) for form in ("hf", "padded")),
+    ]
+    for reader in readers:
+        assert all(reader(text).input_ids == wanted.encode(text).ids for text in texts)
+        assert reader.decode(reader(TEXT).input_ids) == TEXT
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_is_refused(model_dir, monkeypatch):
+    source = find_model(str(model_dir()), FLAG)
+    spoiled = Tokenizer.from_file(str(source.path / "tokenizer.json"))
+    spoiled.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), spoiled.pre_tokenizer])
+    other = PreTrainedTokenizerFast(tokenizer_object=spoiled)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", lambda *_, **__: other)
+    file = source.path / "tokenizer.json"
+    state = json.loads(file.read_text())
+    state["model"]["vocab"]["12"] = len(state["model"]["vocab"])
+    state["model"]["merges"] = [*state["model"]["merges"], ["1", "2"]]
+    file.write_text(json.dumps(state))
+    with pytest.raises(UsageError, match="makes other ids of its tokenizer than its tokenizer.json says"):
+        load_tokenizer(source)
+
+
+def test_truncation_in_the_file_is_no_difference(model_dir):
+    source = find_model(str(model_dir()), FLAG)
+    file = source.path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(file))
+    assert len(load_tokenizer(source)(TEXT).input_ids) > 4

@@ -314,7 +314,7 @@ def test_an_export_that_cannot_be_written_is_refused_before_weights_are_read(sou
     def refuse(_):
         raise UsageError("it cannot be named")
 
-    monkeypatch.setattr("LLMPruner.export.gguf._pre_tokenizer", refuse)
+    monkeypatch.setattr("LLMPruner.export.gguf.pre_tokenizer_name", refuse)
     check_exports(source, tokenizer, ExportConfig())
     check_exports(source, tokenizer, ExportConfig(("hf",)))
     with pytest.raises(UsageError, match="cannot be named"):

@@ -1,0 +1,138 @@
+"""The weight files of a Hugging Face directory: which they are, and what their headers say. Read without torch.
+
+Safetensors headers give name, type, shape and place of every tensor, so that a model that its config does not describe is
+refused before a weight is read (format: github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from LLMPruner.errors import DamagedError, UsageError
+from LLMPruner.plan import PruningPlan, expected_shapes, removed_prefixes
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+IGNORED = "rotary_emb.inv_freq"  # rotary tables that old checkpoints carry: they follow from the config
+_BLOCK = 1 << 22  # bytes compared at a time
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a weight file: its type as the file names it, its shape, and its bytes `start` to `stop` of the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def weight_names(folder: Path, *, assumed: bool = False) -> list[str]:
+    """The files that hold the model: those of the index, else `model.safetensors`; whatever else lies there does not count.
+
+    Raises UsageError where there is neither (unless the latter is `assumed`), DamagedError for a broken index.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{index} is damaged and cannot be read: copy the model again") from error
+    if assumed or (folder / SINGLE).is_file():
+        return [SINGLE]
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(adapter_message(folder))
+    raise UsageError(
+        f"{folder} has no safetensors weights ({SINGLE}, or shards with {INDEX}): convert the model to safetensors first"
+    )
+
+
+def adapter_message(folder: Path) -> str:
+    """What to do about a folder that holds a PEFT adapter and no model."""
+    return f"{folder} is a PEFT adapter, not a model: merge it into its base model first (merge_and_unload) and save the result"
+
+
+def read_stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the directory's weight files, by name. Raises DamagedError where a file is missing or broken."""
+    stored: dict[str, Stored] = {}
+    for name in weight_names(folder):
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{folder} lacks {name}, which its index names: copy the model again")
+        for tensor, entry in _header(path):
+            if tensor in stored:
+                raise DamagedError(f"{folder} has {tensor} in two files: copy the model again")
+            stored[tensor] = entry
+    return stored
+
+
+def _header(path: Path) -> Iterator[tuple[str, Stored]]:
+    """Names and places of the tensors of one safetensors file."""
+    broken = f"{path} is damaged and cannot be read: copy the model again"
+    size = path.stat().st_size
+    with open(path, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise DamagedError(broken)
+        try:
+            entries: Mapping[str, Any] = json.loads(handle.read(length))
+            for name, entry in entries.items():
+                if name != "__metadata__":
+                    start, stop = (8 + length + offset for offset in entry["data_offsets"])
+                    yield name, Stored(path, entry["dtype"], tuple(entry["shape"]), start, stop)
+                    if stop > size:
+                        raise DamagedError(broken)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, DamagedError):
+                raise
+            raise DamagedError(broken) from error
+
+
+def same_values(one: Stored, other: Stored) -> bool:
+    """Whether two tensors hold the same bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(one.path, "rb") as ours, open(other.path, "rb") as theirs:
+        ours.seek(one.start)
+        theirs.seek(other.start)
+        left = one.stop - one.start
+        while left > 0:
+            size = min(left, _BLOCK)
+            if ours.read(size) != theirs.read(size):
+                return False
+            left -= size
+    return True
+
+
+def check_shapes(where: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> None:
+    """Raise DamagedError unless the tensors of `shapes` are exactly those of the plan: none missing, none left over.
+
+    What stands for removed sublayers may be there, and a tied head and old rotary tables are passed over.
+    """
+    expected, removed = expected_shapes(plan), removed_prefixes(plan)
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        raise DamagedError(f"{where} lacks weights that its config asks for, {missing[0]} for one: copy the model again")
+    for name, shape in shapes.items():
+        if name in expected:
+            if tuple(shape) != expected[name]:
+                raise DamagedError(f"{where}: {name} has shape {tuple(shape)} where its config says {expected[name]}")
+        elif not (is_ignored(name) or name.startswith(removed) or _is_tied_head(name, plan)):
+            raise DamagedError(
+                f"{where} has weights that its config does not describe, {name} for one, and without them it is another model: "
+                "correct the config, or pass the model as it was published"
+            )
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a stored tensor is no weight."""
+    return name.endswith(IGNORED)
+
+
+def _is_tied_head(name: str, plan: PruningPlan) -> bool:
+    return plan.geometry.tied_embeddings and name == f"{plan.geometry.table.head}.weight"

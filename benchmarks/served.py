@@ -1,0 +1,156 @@
+"""Speed of a dense and a pruned GGUF in llama.cpp: prefill and decode tokens/s of both, and the ratio, as a Markdown table.
+
+Runs in an environment with llama-cpp-python, for example the one that `make test-consumers` builds, and needs nothing else:
+
+    .consumers/llama-cpp/bin/python benchmarks/served.py --dense dense/model.gguf --pruned pruned/model.gguf
+
+The two models take turns, so that a machine that slows down slows both; the median counts. Compare files of one precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROLES = ("dense", "pruned")
+
+
+class Parser(argparse.ArgumentParser):
+    """One sentence on stderr and exit code 2 for a wrong command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, without the usage dump."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, checked; exits with 2 where they are wrong."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for role in ROLES:
+        parser.add_argument(f"--{role}", required=True, metavar="FILE.gguf", help=f"the {role} model")
+    for name, default, what in (
+        ("repeats", 7, "timed repeats of each model, taking turns"),
+        ("prompt_tokens", 512, "tokens of the prompt that is prefilled"),
+        ("new_tokens", 64, "tokens decoded after it, one at a time"),
+        ("threads", 1, "threads of llama.cpp"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: {default})")
+    args = parser.parse_args(argv)
+    for name in ("repeats", "prompt_tokens", "new_tokens", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    for role in ROLES:
+        problem = unreadable(getattr(args, role))
+        if problem:
+            parser.error(f"--{role} {getattr(args, role)} {problem}")
+    if Path(args.dense).samefile(args.pruned):
+        parser.error("--dense and --pruned are the same file")
+    return args
+
+
+def unreadable(path: str) -> str | None:
+    """Why the file is no GGUF; None where it is one."""
+    try:
+        with open(path, "rb") as handle:
+            return None if handle.read(4) == b"GGUF" else "is not a GGUF file"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def load(path: str, args: argparse.Namespace) -> Any:
+    """The model with room for the prompt and what follows. Raises ValueError where llama.cpp refuses it."""
+    from llama_cpp import Llama
+
+    length = args.prompt_tokens + args.new_tokens
+    options = {"n_threads": args.threads, "n_threads_batch": args.threads, "n_batch": args.prompt_tokens, "verbose": False}
+    model = Llama(path, n_ctx=length, **options)
+    trained = int(next(value for name, value in model.metadata.items() if name.endswith(".context_length")))
+    if length > trained:
+        raise ValueError(f"it was trained on {trained} positions, fewer than the {length} tokens asked for")
+    return model
+
+
+def seconds(model: Any, prompt: list[int], new_tokens: int) -> dict[str, float]:
+    """How long prefill and decoding take. What is decoded is fixed, so that no sampling is timed."""
+    model.reset()
+    times = {}
+    for name, work in (("prefill", lambda: model.eval(prompt)), ("decode", lambda: one_by_one(model, prompt[:1], new_tokens))):
+        times[name] = timed(work)
+    return times
+
+
+def one_by_one(model: Any, token: list[int], count: int) -> None:
+    """Evaluate the token so many times, each after the one before."""
+    for _ in range(count):
+        model.eval(token)
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds that the work takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(models: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Median tokens/s by role and phase, after a turn of each that is not counted."""
+    vocab = min(model.n_vocab() for model in models.values())
+    prompt = [(7919 * index) % vocab for index in range(1, args.prompt_tokens + 1)]  # the same numbers for both
+    taken: dict[str, list[dict[str, float]]] = {role: [] for role in models}
+    for turn in range(args.repeats + 1):
+        for role, model in models.items():
+            times = seconds(model, prompt, args.new_tokens)
+            if turn:
+                taken[role].append(times)
+    counts = {"prefill": args.prompt_tokens, "decode": args.new_tokens}
+    return {
+        role: {phase: count / statistics.median(row[phase] for row in rows) for phase, count in counts.items()}
+        for role, rows in taken.items()
+    }
+
+
+def table(speeds: dict[str, dict[str, float]], sizes: dict[str, int]) -> str:
+    """The Markdown table: a row for each phase, and the files' sizes."""
+    rows = [
+        (
+            f"{phase} (tokens/s)",
+            *(f"{speeds[role][phase]:,.1f}" for role in ROLES),
+            speeds["pruned"][phase] / speeds["dense"][phase],
+        )
+        for phase in ("prefill", "decode")
+    ]
+    rows.append(("file (MB)", *(f"{sizes[role] / 1e6:,.1f}" for role in ROLES), sizes["pruned"] / sizes["dense"]))
+    lines = ["||dense|pruned|ratio|", "|---|---|---|---|"]
+    return "\n".join(lines + [f"|{name}|{dense}|{pruned}|{ratio:.2f}|" for name, dense, pruned, ratio in rows])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 2 for a wrong command."""
+    args = parse(argv)
+    models = {}
+    for role in ROLES:
+        try:
+            models[role] = load(getattr(args, role), args)
+        except ImportError:
+            print("error: llama-cpp-python is missing: run this by .consumers/llama-cpp/bin/python", file=sys.stderr)
+            return 2
+        except ValueError as error:
+            print(f"error: llama.cpp cannot run --{role} {getattr(args, role)}: {error}", file=sys.stderr)
+            return 2
+    import llama_cpp
+
+    sizes = {role: Path(getattr(args, role)).stat().st_size for role in ROLES}
+    print(table(measure(models, args), sizes))
+    kinds = ", ".join(f"{role} {models[role].metadata.get('general.name', '?')}" for role in ROLES)
+    lengths = f"{args.prompt_tokens} + {args.new_tokens} tokens, median of {args.repeats}"
+    print(f"\nllama-cpp-python {llama_cpp.__version__}, {args.threads} thread(s), {lengths}; {kinds}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
