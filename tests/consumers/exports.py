@@ -8,6 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SIZES, random_plan
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from LLMPruner.config import ExportConfig, PruneConfig
 from LLMPruner.export.writer import write_exports
@@ -18,8 +27,10 @@ from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import LoadedModel, load_model
 from LLMPruner.model.source import find_model
+from LLMPruner.plan import LayerPlan
 from tests.export.test_hf import LLAMA3_ROPE, pruned
 
+WIDE = {"hidden_size": 256, "head_dim": 32}  # vLLM has no kernel for smaller heads on a CPU
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -54,13 +65,43 @@ def smollm2(tmp_path_factory) -> Export:
 @pytest.fixture(scope="session")
 def tiny(tokenizer, tmp_path_factory) -> Export:
     """A tiny 4:1 Llama with Llama-3.1's rotary scaling, one attention and one MLP removed."""
-    size = {"hidden_size": 256, "head_dim": 32}  # vLLM has no kernel for smaller heads on a CPU
-    return _exported(pruned(tokenizer, removed=True, rope_parameters=LLAMA3_ROPE, **size), tmp_path_factory.mktemp("tiny"))
+    return _exported(pruned(tokenizer, removed=True, rope_parameters=LLAMA3_ROPE, **WIDE), tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(params=["smollm2", "tiny"])
+@pytest.fixture(scope="session")
+def qwen2(tokenizer, tmp_path_factory) -> Export:
+    """A tiny Qwen2: biases at q, k and v."""
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES | WIDE))
+    return _exported(_pruned_at_random(model, tokenizer, tmp_path_factory.mktemp("dense")), tmp_path_factory.mktemp("qwen2"))
+
+
+@pytest.fixture(scope="session")
+def qwen3(tokenizer, tmp_path_factory) -> Export:
+    """A tiny Qwen3: norms of each head's queries and keys. Pruned it has no place in a GGUF."""
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES | WIDE | {"tie_word_embeddings": True}))
+    loaded = _pruned_at_random(model, tokenizer, tmp_path_factory.mktemp("dense"))
+    return _exported(loaded, tmp_path_factory.mktemp("qwen3"), ("hf", "padded"))
+
+
+def _pruned_at_random(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> LoadedModel:
+    """A stock model, read by our loader and pruned at random; layer 2 has no attention, layer 1 no MLP."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        mean, std = (1.0, 0.1) if "norm" in name else (0.0, 0.3 if name.endswith("bias") else 0.1)
+        torch.nn.init.normal_(parameter, mean=mean, std=std)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    loaded = load_model(find_model(str(folder), "--model_path"), dtype="float32", device="cpu")
+    plan = random_plan(loaded.plan.geometry, seed=1)
+    plan = plan.with_layer(2, LayerPlan((), plan.layers[2].channels)).with_layer(1, LayerPlan(plan.layers[1].kv_groups, ()))
+    apply_plan(loaded.runner, plan)
+    loaded.plan = plan
+    return loaded
+
+
+@pytest.fixture(params=["smollm2", "tiny", "qwen2", "qwen3"])
 def export(request) -> Export:
-    """Both, one after the other."""
+    """All, one after the other."""
     return request.getfixturevalue(request.param)
 
 
@@ -74,6 +115,6 @@ def reference(loaded: LoadedModel, ids: list[int], new_tokens: int = 32) -> tupl
     return logits, longer[len(ids) :]
 
 
-def _exported(loaded: LoadedModel, folder: Path) -> Export:
-    write_exports(loaded, ExportConfig(("hf", "gguf", "padded")), folder, {})
+def _exported(loaded: LoadedModel, folder: Path, formats: tuple[str, ...] = ("hf", "gguf", "padded")) -> Export:
+    write_exports(loaded, ExportConfig(formats), folder, {})
     return Export(loaded, folder)
