@@ -140,6 +140,19 @@ def test_the_runner_is_the_stock_model(kind):
     torch.testing.assert_close(runner.store.head(runner.store.final_norm(hidden)), model(WINDOWS).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_gate_gradient_summed_over_tokens_is_weight_times_gradient_of_its_column(kind):
+    model, gates = built(kind), {}
+    logits = model(WINDOWS).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, WINDOWS[:, 1:].flatten(), reduction="sum").backward()
+    outputs = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in model.model.layers]
+    products = [[(linear.weight * linear.weight.grad).sum(0) for linear in pair] for pair in outputs]
+    LayerRunner.of(model).gate_gradients(WINDOWS, lambda index, found: gates.setdefault(index, []).append(found))
+    for index, wanted in enumerate(products):
+        for side, product in enumerate(wanted):
+            found = sum(batch[side].sum((0, 1)) for batch in gates[index])
+            torch.testing.assert_close(found, product, rtol=1e-3, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_sliced_model_is_the_masked_dense_one(kind):
     model = built(kind)
