@@ -399,3 +399,22 @@ def test_train_sh_runs_the_command_again(command, trained_dir):
     done = subprocess.run(["bash", str(first)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list(Path("prune_log/exp").glob("*/training.log"))) == 2
+
+
+def test_a_perplexity_says_of_which_text_it_is(trained_dir, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--base_model={trained_dir}", f"--data_dir={data_dir}", "--importance=magnitude", "--repair=none", "--prune_mlp"]
+    flags += [
+        "--pruning_strategy=uniform",
+        "--test_after_prune",
+        "--eval_seq_len=32",
+        "--pruning_ratio=0.2",
+        "--device=cpu",
+        "--calibration_seq_len=32",
+    ]
+    splits = {}
+    for text_format in ("clean", "raw"):
+        assert script.main([*flags, f"--text_format={text_format}", f"--save_ckpt_log_name={text_format}", "--save_model"]) == 0
+        metrics = json.loads(Path(f"prune_log/{text_format}/metrics.json").read_text())
+        splits[text_format] = metrics["ppl"]["pruned"][0]["split"]
+    assert splits == {"clean": "test", "raw": "test (raw text)"}

@@ -39,7 +39,7 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     loaded, windows = _load(job, run, budget)
     results: dict[str, list[Perplexity]] = {}
     if job.test_original and not job.dry_run:
-        results["original"] = steps.measure(run, loaded, windows.evaluation, "original")
+        results["original"] = steps.measure(run, loaded, windows.evaluation, "original", job.common.test_split)
     if job.analyzes:
         with run.stage("layer importance"):
             importance = steps.score_layers(loaded.runner, windows.layers, job)
@@ -60,11 +60,11 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     if job.save:  # before anything that may take long or fail
         steps.save(run, loaded, MODEL_FILE)
     if job.test_pruned or job.finetune is not None:
-        results["pruned"] = steps.measure(run, loaded, windows.evaluation, "pruned")
+        results["pruned"] = steps.measure(run, loaded, windows.evaluation, "pruned", job.common.test_split)
     _save_results(run, plan, results)
     if job.finetune is not None:
         _finetune(job, run, loaded, windows.finetuning)
-        results["finetuned"] = steps.measure(run, loaded, windows.evaluation, "finetuned")
+        results["finetuned"] = steps.measure(run, loaded, windows.evaluation, "finetuned", job.common.test_split)
         _save_results(run, plan, results)
     if results:
         _log_table(plan, results)

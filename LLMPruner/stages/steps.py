@@ -88,12 +88,14 @@ def apply(runner: LayerRunner, plan: PruningPlan, text: torch.Tensor | None, con
     apply_plan(runner, plan, repair=config.repair, windows=text, seed=common.seed, **distillation)
 
 
-def measure(run: Run, loaded: LoadedModel, windows: dict[str, torch.Tensor], label: str) -> list[Perplexity]:
-    """PPL on every corpus of `windows`, by name."""
+def measure(
+    run: Run, loaded: LoadedModel, windows: dict[str, torch.Tensor], label: str, split: str = "test"
+) -> list[Perplexity]:
+    """PPL on every corpus of `windows`, by name; `split` is what the record says that they are of."""
     from LLMPruner.evaluator.ppl import measure as measure_ppl
 
     with run.stage(f"evaluate {label}") as record:
-        results = measure_ppl(loaded.model, windows, label)
+        results = measure_ppl(loaded.model, windows, label, split)
         record["ppl"] = [result.as_dict() for result in results]
     return results
 
