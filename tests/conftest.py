@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
@@ -89,6 +89,16 @@ def tiny_model(seed: int = 0, **changes) -> LlamaForCausalLM:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def stock_model(model_class, config_class, changes) -> PreTrainedModel:
+    """A random model of transformers' own, of SIZES but for `changes`; biases and norms are not those of a new one."""
+    torch.manual_seed(0)
+    model = model_class(config_class(**SIZES | changes)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
     return model
 
 

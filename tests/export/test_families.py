@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import SIZES, random_plan, random_windows
+from conftest import random_plan, random_windows, stock_model
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -46,13 +46,7 @@ KINDS = {
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
 def pruned(request, tmp_path, tokenizer) -> LoadedModel:
     """A stock model of the kind, loaded and pruned at random; layer 2 has no attention."""
-    model_class, config_class, changes = request.param
-    torch.manual_seed(0)
-    model = model_class(config_class(**SIZES | changes)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:
-            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
-    model.save_pretrained(tmp_path / "dense")
+    stock_model(*request.param).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     loaded = load_model(find_model(str(tmp_path / "dense"), "--base_model"), dtype="float32", device="cpu")
     plan = random_plan(loaded.plan.geometry, seed=1)
@@ -113,10 +107,7 @@ def test_biases_of_a_repair_go_out_or_are_refused(pruned, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "mistral nemo", "qwen2", "qwen3"])
 def test_a_model_whose_layers_are_alike_is_read_back_from_gguf(kind, tmp_path, tokenizer):
-    model_class, config_class, changes = KINDS[kind]
-    torch.manual_seed(0)
-    model = model_class(config_class(**SIZES | changes)).eval()
-    model.save_pretrained(tmp_path)
+    stock_model(*KINDS[kind]).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded = load_model(find_model(str(tmp_path), "--base_model"), dtype="float32", device="cpu")
     uniform = PruningPlan(loaded.plan.geometry, tuple(LayerPlan((0, 1), tuple(range(8, 48))) for _ in range(4)))
@@ -129,8 +120,7 @@ def test_a_model_whose_layers_are_alike_is_read_back_from_gguf(kind, tmp_path, t
 
 
 def test_a_pruned_qwen3_has_no_gguf(tmp_path, tokenizer):
-    model_class, config_class, changes = KINDS["qwen3"]
-    model_class(config_class(**SIZES | changes)).save_pretrained(tmp_path)
+    stock_model(*KINDS["qwen3"]).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded = load_model(find_model(str(tmp_path), "--base_model"), dtype="float32", device="cpu")
     loaded.plan = random_plan(loaded.plan.geometry, seed=1)

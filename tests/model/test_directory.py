@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, random_windows, tiny_model
+from conftest import SIZES, random_windows, stock_model, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
@@ -58,16 +58,6 @@ STOCK = {
     "qwen3 tied, biases": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True, "attention_bias": True}),
 }
 each_stock_model = pytest.mark.parametrize(("model_class", "config_class", "changes"), STOCK.values(), ids=STOCK)
-
-
-def stock_model(model_class, config_class, changes):
-    """A random model of transformers' own, whose biases and norms are not those of a new one."""
-    torch.manual_seed(0)
-    model = model_class(config_class(**SIZES | changes)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:
-            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
-    return model
 
 
 def logits(model) -> torch.Tensor:

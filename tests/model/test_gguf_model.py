@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import SIZES, random_windows
+from conftest import SIZES, random_windows, stock_model
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from transformers import (
@@ -37,13 +37,7 @@ each_family = pytest.mark.parametrize("name", FAMILIES)
 
 def stock(name: str):
     """A random model of transformers' own."""
-    model_class, config_class, changes = FAMILIES[name]
-    torch.manual_seed(0)
-    model = model_class(config_class(**SIZES | changes)).eval()
-    for key, parameter in model.named_parameters():
-        if key.endswith("bias") or "norm" in key:
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
-    return model
+    return stock_model(*FAMILIES[name])
 
 
 def write(path: Path, name: str, *, fields=None, tensors=None, kind="F32", **options) -> Path:
