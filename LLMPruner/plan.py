@@ -149,10 +149,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """For every layer the kept KV groups and MLP channels. Immutable; checks itself against the geometry.
-
-    With `output_bias` the output projection of every pruned sublayer has a bias, whether or not the dense model has one.
-    """
+    """For every layer the kept units. Immutable; checks itself. `output_bias`: pruned sublayers have one at their output."""
 
     geometry: Geometry
     layers: tuple[LayerPlan, ...]
@@ -204,8 +201,9 @@ class PruningPlan:
 
     def has_output_bias(self, sublayer: str, index: int) -> bool:
         """Whether the sublayer's output projection in layer `index` has a bias."""
-        kept, dense = self.counts(sublayer)[index], self.geometry.has_bias(self.geometry.table.sublayer(sublayer).output)
-        return kept > 0 and (dense or (self.output_bias and kept < self.geometry.units(sublayer)))
+        kept, geometry = len(self.layers[index].kept(sublayer)), self.geometry
+        dense = geometry.has_bias(geometry.table.sublayer(sublayer).output)
+        return kept > 0 and (dense or (self.output_bias and kept < geometry.units(sublayer)))
 
     @property
     def adds_bias(self) -> bool:
@@ -256,7 +254,7 @@ def expected_shapes(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
     for index in range(geometry.num_layers):
         layer = f"{table.layers}.{index}"
         for sublayer in table.sublayers:
-            if plan.counts(sublayer.name)[index]:  # else the sublayer was removed
+            if plan.layers[index].kept(sublayer.name):  # else the sublayer was removed
                 shapes |= {f"{layer}.{sublayer.attribute}.{name}": size for name, size in _inner_shapes(plan, sublayer, index)}
         for sublayer in table.sublayers:
             shapes |= {f"{layer}.{norm}.weight": (hidden,) for norm in (sublayer.norm, *sublayer.wraps)}
@@ -265,7 +263,7 @@ def expected_shapes(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
 
 def _inner_shapes(plan: PruningPlan, sublayer: Sublayer, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names, within the sublayer, and shapes of the tensors that layer `index` has."""
-    geometry, units = plan.geometry, plan.counts(sublayer.name)[index]
+    geometry, units = plan.geometry, len(plan.layers[index].kept(sublayer.name))
     for part in sublayer.inputs:
         rows = units * geometry.segment(part)
         yield f"{part.name}.weight", (rows, geometry.hidden_size)

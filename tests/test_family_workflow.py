@@ -59,3 +59,14 @@ def test_a_pruned_qwen3_is_refused_as_gguf_before_the_run(tmp_path, data_dir, to
     )
     assert "a pruned qwen3, whose layers have norms inside, cannot be written as GGUF" in capsys.readouterr().err
     assert not Path("prune_log").exists() or not list(Path("prune_log").iterdir())
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_biases_without_a_place_are_refused_before_the_run(name, tmp_path, data_dir, tokenizer, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    FAMILIES[name].save_pretrained("dense")
+    tokenizer.save_pretrained("dense")
+    flags = ["--base_model=dense", f"--data_dir={data_dir}", *SMALL, "--preset=flap", "--save_ckpt_log_name=x", "--export"]
+    assert prune.main([*flags, "hf", "padded"]) == 2
+    assert "no stock Qwen" in capsys.readouterr().err and not list(Path("prune_log").glob("*"))
+    assert prune.main([*flags, "hf"]) == 0

@@ -12,6 +12,7 @@ from LLMPruner.export.card import check_beside, quantize_command
 from LLMPruner.export.gguf import check_gguf, write_gguf
 from LLMPruner.export.hf import write_hf, write_padded
 from LLMPruner.export.layout import filled, is_uniform, stock
+from LLMPruner.plan import LayerPlan, PruningPlan
 
 if TYPE_CHECKING:
     from LLMPruner.model.load import LoadedModel
@@ -20,10 +21,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger("LLMPruner")
 
 
-def check_export(source: ModelSource, tokenizer: Any, export: ExportConfig, *, prunes: bool = False) -> None:
-    """Raise UsageError where a wanted format cannot hold the model; no weights are needed. `prunes`: it is yet to be pruned."""
+def check_export(
+    source: ModelSource, tokenizer: Any, export: ExportConfig, *, prunes: bool = False, adds_bias: bool = False
+) -> None:
+    """Raise UsageError where a wanted format cannot hold the model; no weights are needed.
+
+    `prunes`: it is yet to be pruned; `adds_bias`: by a repair that gives what is pruned an output bias.
+    """
     if "gguf" in export.formats:
         check_gguf(source.config, tokenizer, uniform=is_uniform(source.plan) and not prunes)
+    if "padded" in export.formats:
+        stock(_with_biases(source.plan) if adds_bias else source.plan)
+
+
+def _with_biases(plan: PruningPlan) -> PruningPlan:
+    """A plan of the same widths in which some output projections of each kind have a bias that a repair added."""
+    geometry = plan.geometry
+    few = LayerPlan(tuple(range(max(1, geometry.num_kv_heads - 1))), tuple(range(geometry.intermediate_size - 1)))
+    return PruningPlan(geometry, (*PruningPlan.dense(geometry).layers[:-1], few), output_bias=True)
 
 
 def write_exports(loaded: LoadedModel, export: ExportConfig, folder: Path, measured: dict[str, Any]) -> list[Path]:

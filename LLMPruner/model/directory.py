@@ -10,22 +10,31 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from LLMPruner.config import PLAN_FILE, PROVENANCE_FILE
 from LLMPruner.errors import UsageError
 from LLMPruner.families.llama import FAMILIES, family_of
 from LLMPruner.files import read_json_file
-from LLMPruner.model.weights import Stored, adapter_message, check_shapes, read_stored, same_values
+from LLMPruner.model.weights import TYPES, Stored, adapter_message, check_shapes, is_ignored, read_stored, same_values
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
 
 logger = logging.getLogger("LLMPruner")
 
 RECORDS = ("settings", "calibration", "versions", "measured", "finetune")  # parts of a provenance that are mappings
+# What a config may hold where Python takes almost anything for true or false.
+SWITCHES = {
+    "tie_word_embeddings": (bool, NoneType),
+    "use_sliding_window": (bool, NoneType),
+    "sliding_window": (int, NoneType),
+    "layer_types": (list, NoneType),
+}
 # What a config may say and no module of ours would do.
 FOREIGN = {
     "num_local_experts": "is a mixture of experts",
     "num_experts": "is a mixture of experts",
+    "transformers_weights": "names other weight files than the usual ones: pass the model as it was published",
     "quantization_config": "is quantized: pass the model in full precision and quantize what was pruned",
 }
 
@@ -50,6 +59,7 @@ def inspect_directory(folder: Path, *, weights: bool = True, faulty: bool = Fals
     config = _read_config(folder)
     Geometry.from_config(config)  # a config that is none is told before weights are missed
     stored = read_stored(folder) if weights else {}
+    _check_types(folder, stored)
     config = _with_own_head(folder, config, stored)
     geometry = Geometry.from_config(config)
     plan = _directory_plan(folder, config, geometry)
@@ -69,7 +79,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    family = family_of(kind)
+    family = family_of(kind) if isinstance(kind, str) else None
     if family is None:
         raise UsageError(
             f"{folder} is of no family that this tool prunes: its model_type is {kind!r}, known are {', '.join(FAMILIES)} "
@@ -80,10 +90,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise UsageError(f"{folder} {why}" if ":" in why else f"{folder} {why}: this tool prunes dense models only")
     if config.get("sliding_window") is not None and not family.slides:
         raise UsageError(f"{folder} attends in a sliding window, which no {family.model_type} does: correct its config.json")
-    kinds = {*(config.get("layer_types") or ())} - {"full_attention", *(["sliding_attention"] if family.window(config) else [])}
-    if kinds:
-        raise UsageError(f"{folder} has layers of the kind {min(kinds)!r}: only full attention is supported")
+    for key, kinds in SWITCHES.items():
+        if not isinstance(config.get(key), kinds):
+            raise UsageError(
+                f"{path} has {key} = {config[key]!r}, which is no {' or '.join(k.__name__ for k in kinds[:-1])}: correct it"
+            )
+    known = ("full_attention", *(["sliding_attention"] if family.window(config) else []))
+    for layer in config.get("layer_types") or ():
+        if layer not in known:
+            raise UsageError(f"{folder} has layers of the kind {layer!r}: only full attention is supported")
     return config
+
+
+def _check_types(folder: Path, stored: Mapping[str, Stored]) -> None:
+    """Raise UsageError where weights are stored in a type that means nothing without more: integers, eight-bit floats."""
+    for name, entry in stored.items():
+        if entry.dtype not in TYPES and not is_ignored(name):
+            raise UsageError(f"{folder} stores {name} as {entry.dtype}: pass the model in full precision, not quantized")
 
 
 def _with_own_head(folder: Path, config: dict[str, Any], stored: Mapping[str, Stored]) -> dict[str, Any]:
@@ -114,7 +137,8 @@ def _directory_plan(folder: Path, config: Mapping[str, Any], geometry: Geometry)
             (own.get("num_key_value_heads", geometry.num_kv_heads), own.get("intermediate_size", geometry.intermediate_size))
             for own in ((config.get("per_layer_config") or {}).get(str(i), {}) for i in range(geometry.num_layers))
         ]
-        no_attention, no_mlp = config.get("removed_attention") or (), config.get("removed_mlp") or ()
+        exported = (folder / PROVENANCE_FILE).is_file()  # elsewhere the keys mean nothing: the weights count
+        no_attention, no_mlp = (exported and config.get(f"removed_{name}") or () for name in ("attention", "mlp"))
         layers = tuple(
             LayerPlan(tuple(range(0 if i in no_attention else groups)), tuple(range(0 if i in no_mlp else channels)))
             for i, (groups, channels) in enumerate(counts)

@@ -70,7 +70,11 @@ class GGUFModel:
         """Its settings as a `config.json` would word them. Raises UsageError for a setting that is not understood."""
         prefix, kind = f"{self.architecture}.", ARCHITECTURES[self.architecture].family
         own = {name.removeprefix(prefix): value for name, value in self.fields.items() if name.startswith(prefix)}
+        own = {name: _alike(value) for name, value in own.items()}
         config = {SETTINGS[name]: value for name, value in own.items() if name in SETTINGS}
+        for name in ("attention.layer_norm_rms_epsilon", "context_length"):
+            if not isinstance(own.get(name), int | float) or not own[name] > 0:
+                raise DamagedError(f"{self.path} has no usable {prefix}{name}: copy the model again")
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
         if not (isinstance(heads, int) and isinstance(hidden, int) and heads > 0):
             raise UsageError(f"{self.path} is not a usable {self.architecture}: its heads and widths differ between layers")
@@ -124,6 +128,11 @@ class GGUFModel:
             yield name, value
 
 
+def _alike(value: Any) -> Any:
+    """One value for all layers, where a setting lists the same for each."""
+    return value[0] if isinstance(value, list) and value and all(entry == value[0] for entry in value) else value
+
+
 def halves(value: numpy.ndarray, head_dim: int) -> numpy.ndarray:
     """Rows of q or k `(heads * head_dim, ...)` from llama.cpp's rotary order (pairs) to transformers' (halves)."""
     heads = value.shape[0] // head_dim
@@ -152,9 +161,22 @@ def inspect_gguf(path: Path, *, faulty: bool = False) -> tuple[GGUFModel, Prunin
             "pass the Hugging Face directory instead"
         )
     plan = PruningPlan.dense(Geometry.from_config(model.config))
+    _check_types(model)
     if not faulty:
         check_shapes(path, model.shapes(plan), plan)
     return model, plan
+
+
+def _check_types(model: GGUFModel) -> None:
+    """Raise UsageError for a tensor of a type that the package gguf does not dequantize."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES, dequantize
+
+    for kind, name in {tensor.tensor_type: name for name, tensor in model.tensors.items()}.items():
+        try:
+            dequantize(numpy.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=numpy.uint8), kind)
+        except NotImplementedError as error:
+            raise UsageError(f"{model.path} stores {name} as {kind.name}, which is not read here: pass another file") from error
 
 
 def open_gguf(path: Path) -> GGUFModel:
@@ -174,6 +196,8 @@ def open_gguf(path: Path) -> GGUFModel:
         if not name.startswith("tokenizer.") or name.endswith("_token_id")
     }
     count, shards = fields.get("split.count", 1), [first]
+    if not isinstance(count, int):
+        raise DamagedError(f"{path} is damaged: its split.count is {count!r}")
     if count > 1:
         parts = SHARD.fullmatch(path.name)
         if parts is None or fields.get("split.no", 0) != 0:
@@ -183,4 +207,10 @@ def open_gguf(path: Path) -> GGUFModel:
             if not place.is_file():
                 raise DamagedError(f"{path} is split into {count} files and lacks {place.name} beside it: copy the model again")
             shards.append(read(place))
+            stated = [shards[-1].fields[key].contents() for key in ("split.no", "split.count") if key in shards[-1].fields]
+            if stated != [number - 1, count]:
+                raise DamagedError(f"{place} is not part {number} of {count} of the split model {path}: copy the model again")
+    names = [tensor.name for shard in shards for tensor in shard.tensors]
+    if len(set(names)) < len(names):
+        raise DamagedError(f"{path} has {max(names, key=names.count)} twice: copy the model again")
     return GGUFModel(path, fields, tuple(shards))

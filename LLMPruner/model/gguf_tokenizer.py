@@ -32,7 +32,7 @@ ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 WHOLE_WORDS = ("llama-bpe",)  # tokenizers that take a word that is a token as it is, before any merge
 ADDS_BOS = ("llama-bpe",)  # tokenizers that begin with BOS where the file does not say
 NORMALIZERS = {"qwen2": "NFC"}  # what the published tokenizers do before; llama.cpp does not
-CONTROL, USER_DEFINED = 3, 4  # token types
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types
 
 
 def pre_tokenizer_name(tokenizer: Any) -> str:
@@ -65,7 +65,7 @@ def tokenizer_of_gguf(path: Path, read: Mapping[str, Any]) -> PreTrainedTokenize
     """The tokenizer of a GGUF whose `tokenizer.*` fields are `read`. Raises UsageError where its rule is not known here."""
     from transformers import PreTrainedTokenizerFast
 
-    kind, name = read.get("tokenizer.ggml.model"), read.get("tokenizer.ggml.pre", "default")
+    kind, name = read.get("tokenizer.ggml.model"), str(read.get("tokenizer.ggml.pre", "default"))
     name = ALIASES.get(name, name)
     if kind != "gpt2" or name not in PRE_TOKENIZERS.values():
         raise UsageError(
@@ -77,6 +77,8 @@ def tokenizer_of_gguf(path: Path, read: Mapping[str, Any]) -> PreTrainedTokenize
     special = {word: tokens.get(read.get(f"tokenizer.ggml.{role}_token_id")) for role, word in roles.items()}
     adds = {"bos": name in ADDS_BOS, "eos": False}
     adds = {role: read.get(f"tokenizer.ggml.add_{role}_token", value) for role, value in adds.items()}
+    for role in (role for role, added in adds.items() if added and special[roles[role]] is None):
+        raise DamagedError(f"{path} adds a {role.upper()} token that it does not name: copy the model again")
     try:
         backend = _backend(name, read, [special[roles[role]] if added else None for role, added in adds.items()])
     except Exception as error:  # whatever the library or a missing field raises
@@ -93,7 +95,8 @@ def _backend(name: str, read: Mapping[str, Any], around: list[str | None]) -> An
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
 
-    tokens, types = read["tokenizer.ggml.tokens"], read.get("tokenizer.ggml.token_type") or []
+    tokens = read["tokenizer.ggml.tokens"]
+    types = read.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     merges = [tuple(merge.split(" ", 1)) for merge in read["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=name in WHOLE_WORDS))
@@ -104,7 +107,7 @@ def _backend(name: str, read: Mapping[str, Any], around: list[str | None]) -> An
     tokenizer.add_tokens(
         [
             AddedToken(token, special=kind == CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=False)
+            for token, kind in zip(tokens, types, strict=True)
             if kind in (CONTROL, USER_DEFINED)
         ]
     )

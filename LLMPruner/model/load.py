@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from LLMPruner.model.size import count_parameters
 from LLMPruner.model.source import ModelSource, weight_files, with_weights
 from LLMPruner.model.tokenizer import load_tokenizer, quiet_transformers, tokenizer_files
 from LLMPruner.model.weights import is_ignored
-from LLMPruner.plan import PruningPlan, removed_prefixes
+from LLMPruner.plan import Geometry, PruningPlan, removed_prefixes
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ logger = logging.getLogger("LLMPruner")
 # What a config says of an export's layers, of how its windows slide, and of how it was saved: the plan and the family know.
 FOREIGN = ("model_type", "architectures", "auto_map", "per_layer_config", "layer_types", "torch_dtype", "dtype")
 FOREIGN += ("removed_attention", "removed_mlp", "attention_output_bias", "mlp_output_bias", "transformers_version")
+FOREIGN += ("attn_implementation", "_attn_implementation", "text_config", "return_dict", "use_return_dict")
 
 
 @dataclass
@@ -69,9 +71,8 @@ def load_model(
     logger.info("loading %s as %s on %s", source.path, dtype_name(precision), place)
     source = with_weights(source)
     with quiet_transformers():
-        model = build_empty(model_config(source), source.plan)
+        model = empty_model(source)
         model = assign_weights(model, open_tensors(source), precision).to(place)
-        model.generation_config = _generation_config(source, model)
     count = count_parameters(model)
     if count != source.plan.total_params:
         raise RunError(f"{source.path} has {count:,} parameters where its config says {source.plan.total_params:,}")
@@ -120,20 +121,32 @@ def _untied(tied: bool, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator
     return (pair for pair in tensors if not (tied and pair[0] == "lm_head.weight"))
 
 
+def empty_model(source: ModelSource) -> PreTrainedModel:
+    """The stock model of the source on the meta device, with its generation settings and its rotary table.
+
+    Everything that a config decides happens here, before a weight is read. Raises UsageError for what transformers refuses.
+    """
+    try:
+        model = build_empty(model_config(source), source.plan)
+        model.generation_config = _generation_config(source, model)
+    except UsageError:
+        raise
+    except Exception as error:  # its validators, its tables and its modules raise kinds of their own
+        raise UsageError(f"transformers does not take the config of {source.path}: {_line(error)}") from error
+    return model
+
+
 def model_config(source: ModelSource) -> PretrainedConfig:
     """The config of the family's stock model, as the weights and the plan are: full attention, no padding token out of range.
 
-    Heads that do not divide the width, which transformers 5 refuses, are set afterwards. Raises RunError for settings that
-    transformers does not take.
+    Heads that do not divide the width, which transformers 5 refuses, are set afterwards.
     """
     from transformers import AutoConfig
 
     geometry, settings = source.geometry, {name: value for name, value in source.config.items() if name not in FOREIGN}
-    if not 0 <= (settings.get("pad_token_id") or 0) < geometry.vocab_size:
-        settings["pad_token_id"] = None  # padding is never used, and an embedding knows no row for it
-    window = geometry.table.window(settings)
-    if window is not None:
-        _check_rotary(source, settings)
+    if _out_of_range(settings.get("pad_token_id"), geometry):
+        settings["pad_token_id"] = None
+    _check_numbers(source, settings)
     settings |= {name: None if name == geometry.table.slides[-1] else False for name in geometry.table.slides}
     settings |= {"max_position_embeddings": geometry.max_positions, "tie_word_embeddings": geometry.tied_embeddings}
     heads = {
@@ -141,24 +154,35 @@ def model_config(source: ModelSource) -> PretrainedConfig:
         "num_key_value_heads": geometry.num_kv_heads,
         "head_dim": geometry.head_dim,
     }
-    try:
-        config = AutoConfig.for_model(geometry.family, **settings | dict.fromkeys(heads, 1))
-    except Exception as error:  # its validators raise their own kinds
-        raise RunError(f"transformers does not take the config of {source.path}: {_line(error)}") from error
+    config = AutoConfig.for_model(geometry.family, **settings | dict.fromkeys(heads, 1))
     for name, value in heads.items():
         setattr(config, name, value)
     return config
 
 
-def _check_rotary(source: ModelSource, settings: Mapping[str, Any]) -> None:
-    """Raise UsageError where positions are cut to a window and the rotary tables depend on their number."""
-    scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+def _out_of_range(token: Any, geometry: Geometry) -> bool:
+    """Whether a padding token has no row in the embedding, which would look for it; padding is never used."""
+    return isinstance(token, int) and not 0 <= token < geometry.vocab_size
+
+
+def _check_numbers(source: ModelSource, settings: Mapping[str, Any]) -> None:
+    """Raise UsageError where a number spoils every result, or where positions that end at a window were to scale rotations."""
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    numbers = {
+        "rms_norm_eps": settings.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope.get("rope_theta", settings.get("rope_theta", 1e4)),
+    }
+    for name, value in numbers.items():
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise UsageError(f"{source.path} has {name} = {value!r} in its config: it must be a positive number")
+    cut = (settings.get("max_position_embeddings") or 0) > source.geometry.max_positions
+    if cut and rope.get("rope_type", rope.get("type", "default")) not in ("default", "linear", "llama3"):
         raise UsageError(f"{source.path} attends in a sliding window and scales its rotary frequencies: this is not supported")
 
 
 def build_empty(config: PretrainedConfig, plan: PruningPlan) -> PreTrainedModel:
-    """The stock model of a config on the meta device, with layers of the plan's shapes: weights are to be assigned to it."""
+    """The stock model of a config on the meta device, but for its rotary table, with layers of the plan's shapes: weights are
+    to be assigned to it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -168,11 +192,12 @@ def build_empty(config: PretrainedConfig, plan: PruningPlan) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config)
         for index, layer in enumerate(model.get_submodule(plan.geometry.table.layers)):
             shape_layer(layer, plan, index)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model
 
 
 def assign_weights(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> PreTrainedModel:
-    """Give a meta-device model its weights (cast to `dtype`) and a fresh rotary table. Raises RunError on a mismatch."""
+    """Give a meta-device model its weights, cast to `dtype`. Raises RunError on a mismatch."""
     tied = model.config.tie_word_embeddings
     state = {name: tensor.to(dtype) for name, tensor in _untied(tied, tensors)}
     expected = {name: value.shape for name, value in _untied(tied, model.state_dict().items())}
@@ -185,7 +210,6 @@ def assign_weights(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Te
         )
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     model.config.dtype = dtype
     return model.eval()
 

@@ -19,7 +19,7 @@ from LLMPruner.files import existing_path, remove_leftovers
 from LLMPruner.model.checkpoint import read_meta
 from LLMPruner.model.directory import inspect_directory
 from LLMPruner.model.gguf import GGUFModel, inspect_gguf
-from LLMPruner.model.weights import weight_names
+from LLMPruner.model.weights import warn_of_others, weight_names
 from LLMPruner.plan import Geometry, PruningPlan
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def _embedded_model(flag: str) -> Path:
 
 def _of_directory(folder: Path, repo: str | None = None, *, faulty: bool = False) -> ModelSource:
     found = inspect_directory(folder, weights=repo is None, faulty=faulty)
+    if repo is None:
+        warn_of_others(folder)
     return ModelSource(folder, "hf", found.geometry, found.plan, found.meta, found.config, repo)
 
 

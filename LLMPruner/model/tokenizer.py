@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ PROBES = (
     " The river's 1234567 stones,  it'll weigh 12.5 kg.\n\n\tdef f(x):\r\n        return x ** 2\n",
     "a  123   Straße naïve déjà-vu e\u0301 ½ ² 東京 23区 مرحبا 🙂🙂 \u00a0end ",
 )
+NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[\w-]+\.jinja")  # chat templates beside the default one
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -41,8 +43,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             return _from_folder(source.path, source.path)
         with tempfile.TemporaryDirectory() as folder:
             for name, text in json.loads(source.meta["__tokenizer__"]).items():
-                if name not in TOKENIZER_FILES:
+                if name not in TOKENIZER_FILES and not NAMED_TEMPLATE.fullmatch(name):
                     raise RunError(f"{source.path} carries an unexpected tokenizer file: {name}")
+                Path(folder, name).parent.mkdir(exist_ok=True)
                 Path(folder, name).write_text(text, encoding="utf-8")
             return _from_folder(Path(folder), source.path)
 
@@ -55,6 +58,8 @@ def _from_folder(folder: Path, shown: Path) -> PreTrainedTokenizerBase:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # each broken file raises its own kind
         raise UsageError(f"{shown} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    if not isinstance(tokenizer.chat_template, str | dict | list | None):
+        raise UsageError(f"{shown} has a chat_template that is no text: correct its tokenizer_config.json")
     if not reads_as_its_file(tokenizer, folder / "tokenizer.json"):
         raise UsageError(
             f"{shown}: transformers makes other ids of its tokenizer than its tokenizer.json says: update both, "
@@ -77,7 +82,9 @@ def tokenizer_files(tokenizer: Any) -> dict[str, str]:
     """The texts of the files that the tokenizer is saved as, by name."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {name: Path(folder, name).read_text("utf-8") for name in TOKENIZER_FILES if Path(folder, name).is_file()}
+        files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
+        wanted = (name for name in files if name in TOKENIZER_FILES or NAMED_TEMPLATE.fullmatch(name))
+        return {name: files[name].read_text("utf-8") for name in sorted(wanted)}
 
 
 @contextmanager

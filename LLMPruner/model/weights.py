@@ -7,6 +7,7 @@ refused before a weight is read (format: github.com/huggingface/safetensors).
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from typing import Any
 from LLMPruner.errors import DamagedError, UsageError
 from LLMPruner.plan import PruningPlan, expected_shapes, removed_prefixes
 
+logger = logging.getLogger("LLMPruner")
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 IGNORED = "rotary_emb.inv_freq"  # rotary tables that old checkpoints carry: they follow from the config
+TYPES = ("F64", "F32", "F16", "BF16")  # of weights; what else a file may hold is quantized
 _BLOCK = 1 << 22  # bytes compared at a time
 
 
@@ -52,6 +56,15 @@ def weight_names(folder: Path, *, assumed: bool = False) -> list[str]:
     )
 
 
+def warn_of_others(folder: Path) -> None:
+    """Say what lies beside the weights and is not read, where transformers would read it."""
+    names = weight_names(folder)
+    if (folder / SINGLE).is_file() and SINGLE not in names:
+        logger.warning("%s has %s beside its shards: the shards that its index names are read", folder, SINGLE)
+    if (folder / "adapter_config.json").is_file():
+        logger.warning("%s has a PEFT adapter beside its weights, which is not applied: merge it first if it is wanted", folder)
+
+
 def adapter_message(folder: Path) -> str:
     """What to do about a folder that holds a PEFT adapter and no model."""
     return f"{folder} is a PEFT adapter, not a model: merge it into its base model first (merge_and_unload) and save the result"
@@ -73,8 +86,14 @@ def read_stored(folder: Path) -> dict[str, Stored]:
 
 def _header(path: Path) -> Iterator[tuple[str, Stored]]:
     """Names and places of the tensors of one safetensors file."""
-    broken = f"{path} is damaged and cannot be read: copy the model again"
-    size = path.stat().st_size
+    from safetensors import SafetensorError, safe_open
+
+    broken, size = f"{path} is damaged and cannot be read: copy the model again", path.stat().st_size
+    try:
+        with safe_open(path, framework="np"):  # checks that types, shapes and places fit each other and the file
+            pass
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(broken) from error
     with open(path, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if not 0 < length <= size - 8:
@@ -85,11 +104,7 @@ def _header(path: Path) -> Iterator[tuple[str, Stored]]:
                 if name != "__metadata__":
                     start, stop = (8 + length + offset for offset in entry["data_offsets"])
                     yield name, Stored(path, entry["dtype"], tuple(entry["shape"]), start, stop)
-                    if stop > size:
-                        raise DamagedError(broken)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, DamagedError):
-                raise
             raise DamagedError(broken) from error
 
 
@@ -116,17 +131,23 @@ def check_shapes(where: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]]
     """
     expected, removed = expected_shapes(plan), removed_prefixes(plan)
     missing = [name for name in expected if name not in shapes]
+    allowed = (name for name in shapes if name not in expected and not is_ignored(name) and not name.startswith(removed))
+    unknown = [name for name in allowed if not _is_tied_head(name, plan)]
+    if missing and unknown:
+        raise DamagedError(
+            f"{where} names its weights otherwise than its config's model, {unknown[0]} for one where {missing[0]} is missing: "
+            f"load it in transformers as {plan.geometry.table.name}ForCausalLM and save that with save_pretrained"
+        )
     if missing:
         raise DamagedError(f"{where} lacks weights that its config asks for, {missing[0]} for one: copy the model again")
-    for name, shape in shapes.items():
-        if name in expected:
-            if tuple(shape) != expected[name]:
-                raise DamagedError(f"{where}: {name} has shape {tuple(shape)} where its config says {expected[name]}")
-        elif not (is_ignored(name) or name.startswith(removed) or _is_tied_head(name, plan)):
-            raise DamagedError(
-                f"{where} has weights that its config does not describe, {name} for one, and without them it is another model: "
-                "correct the config, or pass the model as it was published"
-            )
+    if unknown:
+        raise DamagedError(
+            f"{where} has weights that its config does not describe, {unknown[0]} for one, without which it is another model: "
+            "correct the config, or pass the model as it was published"
+        )
+    for name, shape in expected.items():
+        if tuple(shapes[name]) != shape:
+            raise DamagedError(f"{where}: {name} has shape {tuple(shapes[name])} where its config says {shape}")
 
 
 def is_ignored(name: str) -> bool:

@@ -21,7 +21,7 @@ from LLMPruner.data.windows import PruneWindows, prune_windows
 from LLMPruner.errors import UsageError
 from LLMPruner.files import require_free_space
 from LLMPruner.importance.allocation import reads_layer_scores
-from LLMPruner.importance.budget import Budget, make_budget
+from LLMPruner.importance.budget import Budget, adds_bias, make_budget
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LayerImportance
 from LLMPruner.importance.search.state import STATE_FORMAT, SearchState
@@ -168,12 +168,12 @@ def check_recover(job: RecoverJob, folder: Path) -> None:
     _check_space(job, [job.source.plan.total_params] * job.save, folder)
 
 
-def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig, *, prunes: bool = False) -> None:
-    """Raise UsageError where a wanted export could not be written, before any weight is read. `prunes`: it is to be pruned."""
+def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig, prune: PruneConfig | None = None) -> None:
+    """Raise UsageError where a wanted export could not be written, before any weight is read; `prune`: it is to be pruned."""
     if export.formats:
         from LLMPruner.export.writer import check_export
 
-        check_export(source, tokenizer, export, prunes=prunes)
+        check_export(source, tokenizer, export, prunes=prune is not None, adds_bias=prune is not None and adds_bias(prune))
 
 
 def check_export_places(export: ExportConfig, folder: Path, source: Path) -> None:

@@ -87,7 +87,7 @@ def _load(job: PruneJob, run: Run, budget: Budget) -> tuple[LoadedModel, PruneWi
         tokenizer = load_tokenizer(job.source)
         windows = job.windows(tokenizer)
         check_token_ids(job.source, "--base_model", *windows.all())
-        check_exports(job.source, tokenizer, job.export, prunes=True)
+        check_exports(job.source, tokenizer, job.export, job.prune)
         loaded = load_model(job.source, dtype=job.common.dtype, device=job.common.device, tokenizer=tokenizer)
     return loaded, windows
 

@@ -53,12 +53,12 @@ def save_with_tokenizer(folder, vocab: int, text: str) -> None:
 def test_all_models_see_the_same_windows_one_model_at_a_time(sources, common, monkeypatch):
     seen, alive = [], []
 
-    def spy(model, windows, label):
+    def spy(model, windows, label, split):
         assert all(other() is None for other in alive), "another model is still in memory"
         alive.append(weakref.ref(model))
         model.itself = [model]  # so that it goes only where it is collected
         seen.append(windows["wikitext2"].clone())
-        return measure(model, windows, label)
+        return measure(model, windows, label, split)
 
     monkeypatch.setattr(ppl, "measure", spy)
     gc.disable()  # what is freed is freed by the script, not by chance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from LLMPruner.errors import DamagedError, RunError, UsageError
+from LLMPruner.errors import DamagedError, UsageError
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import check_seq_len, find_model
 from LLMPruner.plan import Geometry
@@ -148,7 +149,7 @@ def test_old_rotary_tables_are_no_weights(model_dir):
 
 def test_a_tensor_of_another_shape_is_refused(model_dir):
     folder = with_config(model_dir(), intermediate_size=80)
-    with pytest.raises(DamagedError, match=r"down_proj.weight has shape \(64, 96\) where its config says \(64, 80\)"):
+    with pytest.raises(DamagedError, match=r"gate_proj.weight has shape \(96, 64\) where its config says \(80, 64\)"):
         find_model(str(folder), FLAG)
 
 
@@ -220,6 +221,69 @@ def test_a_broken_weight_file_is_damage(model_dir, content):
         find_model(str(folder), FLAG)
 
 
-def test_a_config_that_transformers_does_not_take_is_one_sentence(model_dir):
-    with pytest.raises(RunError, match="transformers does not take the config of"):
-        loaded(with_config(model_dir(), rms_norm_eps="small"))
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"rms_norm_eps": "small"}, "has rms_norm_eps = 'small' in its config: it must be a positive number"),
+        ({"rms_norm_eps": None}, "has rms_norm_eps = None"),
+        ({"rms_norm_eps": float("nan")}, "has rms_norm_eps = nan"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "has rope_theta = None"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "transformers does not take the config of"),
+        ({"rope_parameters": [1]}, "transformers does not take the config of"),
+        ({"pad_token_id": "1"}, "transformers does not take the config of"),
+        ({"bos_token_id": [0]}, "transformers does not take the config of"),
+        ({"hidden_act": "foo"}, "transformers does not take the config of"),
+        ({"attention_bias": 0}, "transformers does not take the config of"),
+        ({"max_position_embeddings": "many"}, "max_position|not a usable|transformers does not take"),
+        ({"tie_word_embeddings": "false"}, "has tie_word_embeddings = 'false', which is no bool"),
+        ({"layer_types": [["a"]]}, r"layers of the kind \['a'\]"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
+        ({"transformers_weights": "other.safetensors"}, "names other weight files"),
+    ],
+)
+def test_a_config_that_is_none_is_one_sentence_before_weights_are_read(model_dir, changes, complaint, monkeypatch):
+    monkeypatch.setattr("LLMPruner.model.load.open_tensors", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UsageError, match=complaint) as error:
+        loaded(with_config(model_dir(), **changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "1"])
+def test_generation_settings_that_are_none_are_one_sentence(model_dir, content):
+    folder = model_dir()
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(UsageError, match="transformers does not take the config of"):
+        loaded(folder)
+
+
+def test_a_key_of_our_exports_means_nothing_in_a_strangers_config(model_dir):
+    folder = with_config(model_dir(), removed_attention=[1], removed_mlp=[2])
+    assert logits(loaded(folder).model).equal(logits(tiny_model()))
+
+
+def test_weights_under_other_names_are_told_how_to_be_saved(model_dir):
+    folder = with_tensors(model_dir(), lambda tensors: {key.removeprefix("model."): value for key, value in tensors.items()})
+    with pytest.raises(DamagedError, match="names its weights otherwise .* load it in transformers as LlamaForCausalLM"):
+        find_model(str(folder), FLAG)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+def test_weights_of_a_quantized_type_are_refused(model_dir, dtype):
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = with_tensors(model_dir(), lambda tensors: tensors | {name: tensors[name].to(dtype)})
+    with pytest.raises(UsageError, match=f"stores {name} as .*: pass the model in full precision"):
+        find_model(str(folder), FLAG)
+
+
+def test_what_lies_beside_the_weights_and_is_not_read_is_told(model_dir, caplog):
+    folder = model_dir()
+    (folder / "adapter_config.json").write_text("{}")
+    find_model(str(folder), FLAG)
+    assert "a PEFT adapter beside its weights, which is not applied" in caplog.text
+
+
+def test_a_config_of_many_layers_is_refused_at_once(model_dir):
+    folder, start = with_config(model_dir(), num_hidden_layers=20_000), time.monotonic()
+    with pytest.raises(DamagedError, match="lacks weights"):
+        find_model(str(folder), FLAG)
+    assert time.monotonic() - start < 20

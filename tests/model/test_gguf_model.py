@@ -190,3 +190,29 @@ def test_biases_of_a_llama_are_read(tmp_path):
     assert source.geometry.attention_bias and not source.geometry.mlp_bias
     model = load_model(source, dtype="float32", device="cpu").model
     assert model.state_dict()["model.layers.3.self_attn.v_proj.bias"].equal(biases["blk.3.attn_v.bias"])
+
+
+def test_shards_of_another_model_are_damage(tmp_path):
+    write(tmp_path / "parts.gguf", "llama", split_max_tensors=15)
+    parts = sorted(tmp_path.glob("parts-*.gguf"))
+    second = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(DamagedError, match=f"is not part 2 of {len(parts)} of the split model"):
+        find_model(str(parts[0]), FLAG)
+    parts[1].write_bytes(write(tmp_path / "whole.gguf", "llama").read_bytes())
+    with pytest.raises(DamagedError, match="is not part 2"):
+        find_model(str(parts[0]), FLAG)
+    parts[1].write_bytes(second)
+    assert find_model(str(parts[0]), FLAG).plan.is_dense
+
+
+@pytest.mark.parametrize("key", ["attention.layer_norm_rms_epsilon", "context_length"])
+@pytest.mark.parametrize("value", [None, 0])
+def test_what_llama_cpp_needs_is_needed_here(tmp_path, key, value):
+    with pytest.raises(DamagedError, match=f"has no usable llama.{key}"):
+        find_model(str(write(tmp_path / "model.gguf", "llama", fields={key: value})), FLAG)
+
+
+def test_sizes_listed_for_each_layer_are_read_where_all_are_alike(tmp_path):
+    path = write(tmp_path / "model.gguf", "llama", fields={"feed_forward_length": [96] * 4, "attention.head_count": [8] * 4})
+    assert logits(loaded(path)).equal(logits(stock("llama")))

@@ -102,6 +102,12 @@ def test_llama_3_begins_with_bos_unless_the_file_says_otherwise(tmp_path, says, 
         ({"tokenizer.ggml.pre": "default"}, "splits text as 'default'"),
         ({"tokenizer.ggml.merges": ["nothing like it"]}, "has a tokenizer that cannot be built"),
         ({"tokenizer.ggml.merges": None}, "has a tokenizer that cannot be built"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "has a tokenizer that cannot be built"),
+        ({"tokenizer.ggml.pre": ["gpt-2"]}, "splits text as"),
+        (
+            {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 10**6},
+            "adds a BOS token that it",
+        ),
     ],
 )
 def test_what_is_not_exactly_understood_is_refused(tmp_path, changes, complaint):

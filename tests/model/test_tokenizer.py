@@ -126,3 +126,22 @@ def test_truncation_in_the_file_is_no_difference(model_dir):
     tokenizer.enable_truncation(4)
     tokenizer.save(str(file))
     assert len(load_tokenizer(source)(TEXT).input_ids) > 4
+
+
+def test_named_chat_templates_survive_the_bin(model_dir, tmp_path):
+    folder = model_dir()
+    path = folder / "tokenizer_config.json"
+    templates = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    loaded = load_model(find_model(str(folder), FLAG), dtype="float32", device="cpu")
+    save_model(tmp_path / "m.bin", loaded)
+    wanted = {"default": "a", "tool_use": "b"}
+    assert load_tokenizer(find_model(str(tmp_path / "m.bin"), FLAG)).chat_template == loaded.tokenizer.chat_template == wanted
+
+
+def test_a_chat_template_that_is_no_text_is_refused(model_dir):
+    source = find_model(str(model_dir()), FLAG)
+    path = source.path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": 5}))
+    with pytest.raises(UsageError, match="has a chat_template that is no text"):
+        load_tokenizer(source)
