@@ -47,10 +47,9 @@ class CommonConfig:
         if self.text_format not in TEXT_FORMATS:
             raise UsageError(f"--text_format must be {' or '.join(TEXT_FORMATS)}, got {self.text_format}")
 
-    @property
-    def test_split(self) -> str:
-        """What a PPL says that it was measured on."""
-        return "test" if self.text_format == "clean" else f"test ({self.text_format} text)"
+    def split(self, name: str) -> str:
+        """A split as records name it: with the text format where that is not the usual one."""
+        return name if self.text_format == "clean" else f"{name} ({self.text_format} text)"
 
 
 @dataclass(frozen=True)

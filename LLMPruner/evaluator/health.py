@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from LLMPruner.errors import RunError, UsageError
+from LLMPruner.errors import DamagedError, RunError, UsageError
 from LLMPruner.evaluator.massive import RATIO, largest_ratios, lengths_and_last
 from LLMPruner.families.family import Projection, Sublayer
 from LLMPruner.model.checkpoint import load_checkpoint
 from LLMPruner.model.device import resolve_device
 from LLMPruner.model.load import load_model, open_tensors
-from LLMPruner.model.source import ModelSource
+from LLMPruner.model.source import ModelSource, with_weights
 from LLMPruner.model.tokenizer import load_tokenizer
 from LLMPruner.plan import PruningPlan, expected_shapes
 
@@ -87,10 +87,11 @@ def diagnose_weights(source: ModelSource) -> Diagnosis:
     """Check every tensor of a model, one at a time, without building the model. A damaged file is a finding too."""
     shapes, findings = {}, []
     try:
+        source = with_weights(source)
         for name, tensor in _bin_tensors(source) if source.kind == "bin" else open_tensors(source):
             shapes[name] = tuple(tensor.shape)
             findings += tensor_findings(name, tensor)
-    except RunError as error:
+    except (RunError, DamagedError) as error:
         return unreadable(str(source.path), error)
     expected = expected_shapes(source.plan)
     findings += shape_findings(shapes, source.plan)

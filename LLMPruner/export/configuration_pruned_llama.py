@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Optional
 
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -30,8 +31,9 @@ def _pruned(family, base):
     fields = {
         "attention_output_bias": (bool, False),  # o_proj alone has a bias
         "mlp_output_bias": (bool, False),  # down_proj alone has a bias
-        "removed_attention": (list | None, None),  # layers whose attention is there for the loaders only: a zeroed KV group
-        "removed_mlp": (list | None, None),  # layers whose MLP is a small one of zeros
+        # layers whose attention (one zeroed KV group) or MLP (a few zeroed channels) is there for the loaders only
+        "removed_attention": (Optional[list], None),  # noqa: UP045 (Python 3.9)
+        "removed_mlp": (Optional[list], None),  # noqa: UP045
     }
     body = {
         "__module__": __name__,

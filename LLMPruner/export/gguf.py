@@ -20,7 +20,7 @@ from gguf.utility import size_label
 
 from LLMPruner.errors import UsageError
 from LLMPruner.export.card import base_name, beside, check_beside, model_card, modelfile, portable, removed_parameters
-from LLMPruner.export.layout import filled, is_uniform, laid_out, rope_settings
+from LLMPruner.export.layout import filled, is_stock, laid_out, rope_settings
 from LLMPruner.families.gguf import ARCHITECTURES, architecture_of, tensor_name
 from LLMPruner.families.llama import family_of
 from LLMPruner.files import write_atomically, write_text
@@ -48,7 +48,7 @@ def write_gguf(path: Path, loaded: LoadedModel, kind: str = "auto", measured: Ma
     layout = filled(loaded.plan)
     if kind == "auto":
         kind = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[loaded.model.dtype]
-    check_gguf(loaded.model.config.to_dict(), loaded.tokenizer, uniform=is_uniform(loaded.plan))
+    check_gguf(loaded.model.config.to_dict(), loaded.tokenizer, uniform=is_stock(loaded.plan))
     check_beside(path)
 
     def write(temporary: Path) -> None:
@@ -81,7 +81,7 @@ def _stops(loaded: LoadedModel) -> list[str]:
 
 
 def _architecture(plan: PruningPlan) -> str:
-    return architecture_of(plan.geometry.family) if is_uniform(plan) else "deci"
+    return architecture_of(plan.geometry.family) if is_stock(plan) else "deci"
 
 
 def check_gguf(config: Mapping[str, Any], tokenizer: Any, *, uniform: bool) -> None:
@@ -138,7 +138,7 @@ def _add_sizes(writer: GGUFWriter, loaded: LoadedModel, layout: PruningPlan, fil
     geometry, config = layout.geometry, loaded.model.config
     groups, channels = list(layout.kv_counts), list(layout.channel_counts)
     heads = [count * geometry.q_per_kv for count in groups]
-    if is_uniform(loaded.plan):
+    if is_stock(loaded.plan):
         heads, groups, channels = heads[0], groups[0], channels[0]
     rope = rope_settings(config.to_dict())
     writer.add_file_type(file_type)

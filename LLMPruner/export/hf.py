@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from LLMPruner.config import PLAN_FILE, PROVENANCE_FILE
 from LLMPruner.export.card import model_card, portable
-from LLMPruner.export.layout import counted, filled, is_uniform, laid_out, rope_settings, stock
+from LLMPruner.export.layout import counted, filled, is_stock, laid_out, rope_settings, stock
 from LLMPruner.files import write_folder_atomically, write_json, write_text
 from LLMPruner.plan import PruningPlan, expected_shapes
 
@@ -37,8 +37,8 @@ LOCAL = (
 
 
 def write_hf(path: Path, loaded: LoadedModel, measured: dict[str, Any]) -> None:
-    """A directory of the model's own shapes; where they are uniform a stock one, which needs no flag to load."""
-    if is_uniform(loaded.plan):
+    """A directory of the model's own shapes; where a stock model has them a stock one, which needs no flag to load."""
+    if is_stock(loaded.plan):
         write_padded(path, loaded, measured)  # of which nothing is padding
         return
     layout = filled(loaded.plan)

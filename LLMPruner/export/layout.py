@@ -75,6 +75,16 @@ def is_uniform(plan: PruningPlan) -> bool:
     return len(shapes) == 1 and 0 not in shapes.pop() and not plan.adds_bias
 
 
+def is_stock(plan: PruningPlan) -> bool:
+    """Whether the stock layout is the plan itself: no layer padded, no head added for a loader."""
+    if not is_uniform(plan):
+        return False
+    try:
+        return stock(plan).total_params == plan.total_params
+    except UsageError:
+        return False
+
+
 def counted(plan: PruningPlan, layout: PruningPlan) -> int:
     """Parameters of `layout` as our own loader counts them: without what stands for removed sublayers."""
     layers = tuple(

@@ -11,7 +11,7 @@ from LLMPruner.config import EXPORT_FORMATS, ExportConfig
 from LLMPruner.export.card import check_beside, quantize_command
 from LLMPruner.export.gguf import check_gguf, write_gguf
 from LLMPruner.export.hf import write_hf, write_padded
-from LLMPruner.export.layout import filled, is_uniform, stock
+from LLMPruner.export.layout import filled, is_stock, stock
 from LLMPruner.plan import LayerPlan, PruningPlan
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def check_export(
     `prunes`: it is yet to be pruned; `adds_bias`: by a repair that gives what is pruned an output bias.
     """
     if "gguf" in export.formats:
-        check_gguf(source.config, tokenizer, uniform=is_uniform(source.plan) and not prunes)
+        check_gguf(source.config, tokenizer, uniform=is_stock(source.plan) and not prunes)
     if "padded" in export.formats:
         stock(_with_biases(source.plan) if adds_bias else source.plan)
 

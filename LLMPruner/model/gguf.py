@@ -139,11 +139,8 @@ def halves(value: numpy.ndarray, head_dim: int) -> numpy.ndarray:
     return value.reshape(heads, head_dim // 2, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
 
 
-def inspect_gguf(path: Path, *, faulty: bool = False) -> tuple[GGUFModel, PruningPlan]:
-    """Open a GGUF and all its shards. Raises UsageError for what is no such model, DamagedError where tensors are missing.
-
-    `faulty` passes over tensors that are missing or left over, for a diagnosis.
-    """
+def inspect_gguf(path: Path) -> tuple[GGUFModel, PruningPlan]:
+    """Open a GGUF and all its shards. Raises UsageError for what is no such model, DamagedError where tensors are missing."""
     model = open_gguf(path)
     architecture = model.fields.get("general.architecture")
     if architecture == "deci":
@@ -162,8 +159,7 @@ def inspect_gguf(path: Path, *, faulty: bool = False) -> tuple[GGUFModel, Prunin
         )
     plan = PruningPlan.dense(Geometry.from_config(model.config))
     _check_types(model)
-    if not faulty:
-        check_shapes(path, model.shapes(plan), plan)
+    check_shapes(path, model.shapes(plan), plan)
     return model, plan
 
 

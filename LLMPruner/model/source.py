@@ -84,7 +84,7 @@ def find_model(path: str | None, flag: str, *, faulty: bool = False) -> ModelSou
         return _of_directory(place, faulty=faulty)
     if place.is_file():
         if place.suffix == ".gguf":
-            return _of_gguf(place, faulty=faulty)
+            return _of_gguf(place)
         if place.suffix in (".bin", ".pt", ".pth", ".ckpt"):
             return _inspect_bin(place)
         raise UsageError(
@@ -130,8 +130,8 @@ def _of_directory(folder: Path, repo: str | None = None, *, faulty: bool = False
     return ModelSource(folder, "hf", found.geometry, found.plan, found.meta, found.config, repo)
 
 
-def _of_gguf(path: Path, *, faulty: bool = False) -> ModelSource:
-    model, plan = inspect_gguf(path, faulty=faulty)
+def _of_gguf(path: Path) -> ModelSource:
+    model, plan = inspect_gguf(path)
     return ModelSource(path, "gguf", plan.geometry, plan, config=model.config, gguf=model)
 
 
@@ -158,7 +158,11 @@ def weight_files(source: ModelSource) -> list[Path]:
     folder = source.path
     if source.repo is not None:
         folder = _download(source.repo, "the model", [*SMALL_FILES, *weight_names(folder, assumed=True)])
-    return [folder / name for name in weight_names(folder)]
+    paths = [folder / name for name in weight_names(folder)]
+    for path in paths:
+        if not path.is_file():
+            raise UsageError(f"{folder} lacks {path.name}: copy or download the model again")
+    return paths
 
 
 def with_weights(source: ModelSource) -> ModelSource:

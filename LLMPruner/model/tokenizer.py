@@ -57,7 +57,7 @@ def _from_folder(folder: Path, shown: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # each broken file raises its own kind
-        raise UsageError(f"{shown} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{shown} has no usable tokenizer: {' '.join(str(error).split())}") from error
     if not isinstance(tokenizer.chat_template, str | dict | list | None):
         raise UsageError(f"{shown} has a chat_template that is no text: correct its tokenizer_config.json")
     if not reads_as_its_file(tokenizer, folder / "tokenizer.json"):

@@ -44,7 +44,10 @@ def weight_names(folder: Path, *, assumed: bool = False) -> list[str]:
     index = folder / INDEX
     if index.is_file():
         try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("no names of files")
+            return sorted(names)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{index} is damaged and cannot be read: copy the model again") from error
     if assumed or (folder / SINGLE).is_file():

@@ -8,13 +8,14 @@ defaults' model is made as well, from the dense weights, and the better of the t
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.config import PRESETS, PruneConfig
 from LLMPruner.data.windows import prune_windows
-from LLMPruner.errors import UsageError
+from LLMPruner.errors import RunError, UsageError
 from LLMPruner.importance.budget import make_budget
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance
@@ -89,12 +90,14 @@ def make_default(job: PruneJob, loaded: LoadedModel) -> None:
     """Prune and heal the dense model, in place, by the defaults: `job` is of `default_job`."""
     budget, config, runner = make_budget(job.source.geometry, job.prune), job.prune, loaded.runner
     windows = prune_windows(loaded.tokenizer, config, job.common, analyzes=job.analyzes, calibrates=True)
+    scores = None
     if job.analyzes:
-        importance = steps.score_layers(runner, windows.layers, job)
-    else:
-        importance = LayerImportance.load(Path(config.layer_importance_file), job.source.fingerprint(), runner.num_layers)
+        scores = steps.score_layers(runner, windows.layers, job).scores
+    elif config.layer_importance_file is not None:
+        file = Path(config.layer_importance_file)
+        scores = LayerImportance.load(file, job.source.fingerprint(), runner.num_layers).scores
     units = score_units(runner, budget.geometry, config.importance, windows=windows.calibration, seed=job.common.seed)
-    loaded.plan = steps.plan_by_scores(budget, config, importance.scores, units)
+    loaded.plan = steps.plan_by_scores(budget, config, scores, units)
     steps.apply(runner, loaded.plan, windows.repair, config, job.common)
 
 
@@ -104,7 +107,7 @@ def better(job: PruneJob, loaded: LoadedModel, yardstick: Yardstick, record: dic
     What was found goes into `record`. While both models exist, the device holds both.
     """
     found = yardstick.verdict(loaded.runner)
-    record["check"] = {"forecast": yardstick.forecast, "healed": asdict(found)}
+    record["check"] = {"forecast": yardstick.forecast, "healed": _finite(found)}
     summary = (found.kl, yardstick.forecast, found.longest)
     if yardstick.holds(found):
         logger.info(
@@ -119,10 +122,19 @@ def better(job: PruneJob, loaded: LoadedModel, yardstick: Yardstick, record: dic
     if plain is None:
         logger.warning("check: the defaults cannot meet this budget; the model stays")
         return job, loaded
-    other = load_model(job.source, dtype=job.common.dtype, device=job.common.device, tokenizer=loaded.tokenizer)
-    make_default(plain, other)
-    default = yardstick.verdict(other.runner)
-    record["check"]["default"] = asdict(default)
-    kept = found.kl <= default.kl  # never a NaN
+    try:
+        other = load_model(job.source, dtype=job.common.dtype, device=job.common.device, tokenizer=loaded.tokenizer)
+        make_default(plain, other)
+        default = yardstick.verdict(other.runner)
+    except (UsageError, RunError, MemoryError, RuntimeError) as error:  # what was healed is not lost for want of a second model
+        logger.warning("check: the defaults' model cannot be made (%s); the model stays", " ".join(str(error).split()))
+        return job, loaded
+    record["check"]["default"] = _finite(default)
+    kept = math.isfinite(found.kl) and not default.kl < found.kl
     logger.warning("check: the defaults give KL %.4f: %s", default.kl, "the model stays" if kept else "theirs is taken")
     return (job, loaded) if kept else (plain, other)
+
+
+def _finite(verdict: Verdict) -> dict[str, float | None]:
+    """The verdict for a record; JSON knows no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in asdict(verdict).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     loaded, windows = _load(job, run, budget)
     results: dict[str, list[Perplexity]] = {}
     if job.test_original and not job.dry_run:
-        results["original"] = steps.measure(run, loaded, windows.evaluation, "original", job.common.test_split)
+        results["original"] = steps.measure(run, loaded, windows.evaluation, "original", job.common.split("test"))
     if job.analyzes:
         with run.stage("layer importance"):
             importance = steps.score_layers(loaded.runner, windows.layers, job)
@@ -52,6 +53,8 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     if yardstick is not None:
         with run.stage("check") as record:
             job, loaded = check.better(job, loaded, yardstick, record)
+        yardstick = None
+        gc.collect()  # a model may refer to itself: the other one is to leave the device
         if loaded.plan is not plan:
             plan = loaded.plan
             _report_plan(run, plan, budget)
@@ -60,11 +63,11 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     if job.save:  # before anything that may take long or fail
         steps.save(run, loaded, MODEL_FILE)
     if job.test_pruned or job.finetune is not None:
-        results["pruned"] = steps.measure(run, loaded, windows.evaluation, "pruned", job.common.test_split)
+        results["pruned"] = steps.measure(run, loaded, windows.evaluation, "pruned", job.common.split("test"))
     _save_results(run, plan, results)
     if job.finetune is not None:
         _finetune(job, run, loaded, windows.finetuning)
-        results["finetuned"] = steps.measure(run, loaded, windows.evaluation, "finetuned", job.common.test_split)
+        results["finetuned"] = steps.measure(run, loaded, windows.evaluation, "finetuned", job.common.split("test"))
         _save_results(run, plan, results)
     if results:
         _log_table(plan, results)
@@ -196,7 +199,7 @@ def _record(job: PruneJob, run: Run, loaded: LoadedModel) -> None:
         "seed": job.common.seed,
         "versions": versions(),
         "parameters": loaded.plan.total_params,
-        "calibration": {"corpus": job.prune.calibration_dataset, "split": "train"} | written,
+        "calibration": {"corpus": job.prune.calibration_dataset, "split": job.common.split("train")} | written,
         "settings": asdict(job.prune),
     } | distilled
 

@@ -40,11 +40,11 @@ def recover(job: RecoverJob, run: Run) -> LoadedModel:
     run.describe(settings, f"description{suffix}.txt")
     results: dict[str, list[Perplexity]] = {}
     if job.test_before:
-        results["before"] = steps.measure(run, loaded, tested, "before fine-tuning", job.common.test_split)
+        results["before"] = steps.measure(run, loaded, tested, "before fine-tuning", job.common.split("test"))
     base, seed = job.source.path, job.common.seed
     run.metrics["training"] = train_and_save(loaded, job.training, windows, run, seed=seed, save=job.save, base=base)
     if job.test_after:
-        results["after"] = steps.measure(run, loaded, tested, "after fine-tuning", job.common.test_split)
+        results["after"] = steps.measure(run, loaded, tested, "after fine-tuning", job.common.split("test"))
     run.metrics["ppl"] = {when: [result.as_dict() for result in measured] for when, measured in results.items()}
     run.save_metrics(f"metrics{suffix}.json")
     for before, after in zip(results.get("before", ()), results.get("after", ()), strict=False):

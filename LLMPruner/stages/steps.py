@@ -33,7 +33,7 @@ def score_layers(runner: LayerRunner, windows: torch.Tensor, job: PruneJob) -> L
         windows,
         job.prune.layer_importance_method,
         corpus=job.prune.calibration_dataset,
-        split="train",
+        split=job.common.split("train"),
         seed=job.common.seed,
         fingerprint=job.source.fingerprint(),
     )

@@ -60,9 +60,8 @@ def test_a_loss_beyond_what_a_float_can_say_is_infinite_and_null_in_json():
     assert Perplexity("ptb", "test", 11, 6, 60, math.inf).as_dict()["ppl"] is None
 
 
-def test_the_record_says_what_was_measured_and_the_log_has_a_line_for_each_corpus(caplog, monkeypatch):
+def test_the_record_says_what_was_measured_and_the_log_has_a_line_for_each_corpus(caplog):
     model, windows = tiny_model(), {"ptb": WINDOWS, "wikitext2": random_windows(2, 30, seed=1)}
-    monkeypatch.setattr(ppl.logger, "propagate", True)
     with caplog.at_level(logging.INFO, "LLMPruner"):
         results = measure(model, windows, "pruned", "validation")
     assert results == [

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import random_plan, random_windows, stock_model
+from gguf import GGUFReader
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -117,6 +118,21 @@ def test_a_model_whose_layers_are_alike_is_read_back_from_gguf(kind, tmp_path, t
     again = load_model(find_model(str(tmp_path / "out" / "model.gguf"), "--base_model"), dtype="float32", device="cpu")
     torch.testing.assert_close(logits(again.model), logits(loaded.model), atol=1e-6, rtol=1e-5)
     assert again.tokenizer("The cat").input_ids == loaded.tokenizer("The cat").input_ids
+
+
+def test_a_uniform_qwen2_with_fewer_heads_is_its_own_size_everywhere(tmp_path, tokenizer):
+    """Loaders, llama.cpp among them, take a stock Qwen2's heads to fill its width."""
+    stock_model(*KINDS["qwen2"]).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(find_model(str(tmp_path), "--base_model"), dtype="float32", device="cpu")
+    loaded.plan = PruningPlan(loaded.plan.geometry, tuple(LayerPlan((1,), tuple(range(48))) for _ in range(4)))
+    apply_plan(loaded.runner, loaded.plan)
+    write_exports(loaded, ExportConfig(("hf", "gguf")), tmp_path / "out", {})
+    assert json.loads((tmp_path / "out" / "hf" / "config.json").read_text())["model_type"] == "pruned_qwen2"
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf", trust_remote_code=True, dtype=torch.float32).eval()
+    assert logits(theirs).equal(logits(loaded.model)) and theirs.num_parameters() == loaded.plan.total_params
+    architecture = GGUFReader(tmp_path / "out" / "model.gguf").fields["general.architecture"].contents()
+    assert architecture == "deci"
 
 
 def test_a_pruned_qwen3_has_no_gguf(tmp_path, tokenizer):

@@ -15,9 +15,8 @@ from LLMPruner.model.source import find_model
 from tests.export.test_hf import pruned
 
 
-def test_every_format_goes_to_its_place_and_the_log_tells_its_padding(tokenizer, tmp_path, caplog, monkeypatch):
+def test_every_format_goes_to_its_place_and_the_log_tells_its_padding(tokenizer, tmp_path, caplog):
     loaded = pruned(tokenizer, removed=True)
-    monkeypatch.setattr(writer.logger, "propagate", True)
     with caplog.at_level(logging.INFO, "LLMPruner"):
         written = write_exports(loaded, ExportConfig(tuple(EXPORT_FORMATS)), tmp_path / "new" / "folder", {})
     assert written == [tmp_path / "new" / "folder" / name for name in EXPORT_FORMATS.values()]

@@ -267,6 +267,14 @@ def test_weights_under_other_names_are_told_how_to_be_saved(model_dir):
         find_model(str(folder), FLAG)
 
 
+@pytest.mark.parametrize("weight_map", [{}, {"a": 5}, {"a": None}])
+def test_an_index_without_names_is_damage(model_dir, weight_map):
+    folder = model_dir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(DamagedError, match="is damaged"):
+        find_model(str(folder), FLAG)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
 def test_weights_of_a_quantized_type_are_refused(model_dir, dtype):
     name = "model.layers.0.mlp.up_proj.weight"

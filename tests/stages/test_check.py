@@ -107,3 +107,18 @@ def test_a_model_without_finite_answers_holds_nothing(trained_dir):
     with torch.no_grad():
         loaded.model.model.layers[3].mlp.down_proj.weight.fill_(math.nan)
     assert not yardstick.holds(yardstick.verdict(loaded.runner))
+
+
+@pytest.mark.parametrize("spoil", [0.0, math.nan])
+def test_a_defaults_model_that_cannot_be_made_or_is_worse_than_nothing_loses(flags, monkeypatch, spoil):
+    spoil_in_order(monkeypatch, 100.0, math.nan)
+    if not spoil:
+        monkeypatch.setattr("LLMPruner.stages.check.make_default", lambda *_: _no_memory())
+    assert script.main([*flags, *BEST, "--save_ckpt_log_name=exp"]) == 0
+    found = check_of("exp")
+    assert found["healed"]["kl"] > found["forecast"] and found.get("default", {"kl": None})["kl"] is None
+    assert saved("exp").provenance["settings"]["pruning_strategy"] == "search"
+
+
+def _no_memory() -> None:
+    raise torch.OutOfMemoryError("no memory")
