@@ -13,3 +13,8 @@ class DamagedError(UsageError):
 
 class RunError(RuntimeError):
     """The command was right and the run failed: exit code 1."""
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, for a sentence of ours."""
+    return " ".join(str(error).split())

@@ -9,7 +9,6 @@ from typing import Any
 from LLMPruner import cli
 from LLMPruner.config import EXPORT_FORMATS, ExportConfig
 from LLMPruner.export import register
-from LLMPruner.export.card import check_beside
 from LLMPruner.files import check_output_folder, read_json_file, require_free_space
 from LLMPruner.model.device import DTYPES, dtype_name, resolve_device, resolve_dtype
 from LLMPruner.model.load import load_model, load_tokenizer
@@ -37,8 +36,6 @@ def recipe(argv: Sequence[str]) -> None:
     folder = check_output_folder(args.output, "--output")
     source = find_model(args.checkpoint, "CHECKPOINT")
     check_export_places(export, folder, source.path)
-    if "gguf" in export.formats:
-        check_beside(folder / EXPORT_FORMATS["gguf"])
     dtype = precision(source) if args.dtype == "auto" else args.dtype
     require_free_space(folder, export_bytes(source.geometry.dense_params, export, dtype, "cpu"), "the export")
     measured = measured_before(source)

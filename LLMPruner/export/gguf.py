@@ -20,7 +20,8 @@ from gguf.utility import size_label
 
 from LLMPruner.errors import UsageError
 from LLMPruner.export.card import base_name, beside, check_beside, model_card, modelfile, portable, removed_parameters
-from LLMPruner.export.layout import filled, is_stock, laid_out, rope_settings
+from LLMPruner.export.layout import filled, is_stock, laid_out
+from LLMPruner.families.family import rope_settings
 from LLMPruner.families.gguf import ARCHITECTURES, architecture_of, tensor_name
 from LLMPruner.families.llama import family_of
 from LLMPruner.files import write_atomically, write_text

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from LLMPruner.config import PLAN_FILE, PROVENANCE_FILE
 from LLMPruner.export.card import model_card, portable
-from LLMPruner.export.layout import counted, filled, is_stock, laid_out, rope_settings, stock
+from LLMPruner.export.layout import counted, filled, is_stock, laid_out, stock
+from LLMPruner.families.family import rope_settings
 from LLMPruner.files import write_folder_atomically, write_json, write_text
 from LLMPruner.plan import PruningPlan, expected_shapes
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -101,16 +101,6 @@ def laid_out(
     state, shapes = dict(loaded.store.tensors()), expected_shapes(layout)
     for name in shapes if names is None else names:
         yield name, _padded(state.get(name), shapes[name], loaded.model.dtype)
-
-
-def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings from a config of transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling), as 5 words them."""
-    parameters = config.get("rope_parameters")
-    if parameters is None:
-        scaling = dict(config.get("rope_scaling") or {})
-        scaling.setdefault("rope_type", scaling.pop("type", "default"))  # the older word
-        parameters = {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
-    return {"rope_type": "default", "rope_theta": 10000.0, **parameters}
 
 
 def _padded(tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

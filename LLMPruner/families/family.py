@@ -88,3 +88,13 @@ class Family:
         """The width of the window that attention slides in by a `config.json`; None where every token sees all before it."""
         values = [config.get(key, self.defaults.get(key)) for key in self.slides]
         return values[-1] if values and all(values) else None
+
+
+def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings from a config of transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling), as 5 words them."""
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        scaling = dict(config.get("rope_scaling") or {})
+        scaling.setdefault("rope_type", scaling.pop("type", "default"))  # the older word
+        parameters = scaling
+    return {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0), **parameters}

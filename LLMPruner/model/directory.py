@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -31,7 +31,7 @@ SWITCHES = {
     "layer_types": (list, NoneType),
 }
 # What a config may say and no module of ours would do.
-FOREIGN = {
+UNSUPPORTED = {
     "num_local_experts": "is a mixture of experts",
     "num_experts": "is a mixture of experts",
     "transformers_weights": "names other weight files than the usual ones: pass the model as it was published",
@@ -47,7 +47,6 @@ class Directory:
     geometry: Geometry
     plan: PruningPlan
     meta: Mapping[str, str]
-    stored: Mapping[str, Stored] = field(default_factory=dict)
 
 
 def inspect_directory(folder: Path, *, weights: bool = True, faulty: bool = False) -> Directory:
@@ -65,7 +64,7 @@ def inspect_directory(folder: Path, *, weights: bool = True, faulty: bool = Fals
     plan = _directory_plan(folder, config, geometry)
     if weights and not faulty:
         check_shapes(folder, {name: entry.shape for name, entry in stored.items()}, plan)
-    return Directory(config, geometry, plan, _provenance(folder), stored)
+    return Directory(config, geometry, plan, _provenance(folder))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is of no family that this tool prunes: its model_type is {kind!r}, known are {', '.join(FAMILIES)} "
             "(CLAUDE.md says how to add one)"
         )
-    for key, why in FOREIGN.items():
+    for key, why in UNSUPPORTED.items():
         if config.get(key):
             raise UsageError(f"{folder} {why}" if ":" in why else f"{folder} {why}: this tool prunes dense models only")
     if config.get("sliding_window") is not None and not family.slides:

@@ -11,14 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.errors import RunError, UsageError
+from LLMPruner.errors import RunError, UsageError, one_line
+from LLMPruner.families.family import rope_settings
 from LLMPruner.model.checkpoint import load_checkpoint, save_checkpoint
 from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
 from LLMPruner.model.size import count_parameters
 from LLMPruner.model.source import ModelSource, weight_files, with_weights
 from LLMPruner.model.tokenizer import load_tokenizer, quiet_transformers, tokenizer_files
-from LLMPruner.model.weights import is_ignored
-from LLMPruner.plan import Geometry, PruningPlan, removed_prefixes
+from LLMPruner.model.weights import passed_over
+from LLMPruner.plan import Geometry, PruningPlan
 
 if TYPE_CHECKING:
     import torch
@@ -87,10 +88,10 @@ def load_model(
 def open_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
     """The named tensors of a model one by one, without a tied head, without the zeros that stand for removed sublayers, and
     without old rotary tables. Raises RunError when a file is unreadable."""
-    removed = removed_prefixes(source.plan)
+    needless = passed_over(source.plan)
     for name, tensor in {"bin": _bin_tensors, "gguf": _gguf_tensors, "hf": _directory_tensors}[source.kind](source):
-        if not (name.startswith(removed) or is_ignored(name)):
-            yield from _untied(source.geometry.tied_embeddings, [(name, tensor)])
+        if not needless(name):
+            yield name, tensor
 
 
 def _bin_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,7 +133,7 @@ def empty_model(source: ModelSource) -> PreTrainedModel:
     except UsageError:
         raise
     except Exception as error:  # its validators, its tables and its modules raise kinds of their own
-        raise UsageError(f"transformers does not take the config of {source.path}: {_line(error)}") from error
+        raise UsageError(f"transformers does not take the config of {source.path}: {one_line(error)}") from error
     return model
 
 
@@ -167,16 +168,13 @@ def _out_of_range(token: Any, geometry: Geometry) -> bool:
 
 def _check_numbers(source: ModelSource, settings: Mapping[str, Any]) -> None:
     """Raise UsageError where a number spoils every result, or where positions that end at a window were to scale rotations."""
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    numbers = {
-        "rms_norm_eps": settings.get("rms_norm_eps", 1e-6),
-        "rope_theta": rope.get("rope_theta", settings.get("rope_theta", 1e4)),
-    }
+    rope = rope_settings(settings)
+    numbers = {"rms_norm_eps": settings.get("rms_norm_eps", 1e-6), "rope_theta": rope["rope_theta"]}
     for name, value in numbers.items():
         if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
             raise UsageError(f"{source.path} has {name} = {value!r} in its config: it must be a positive number")
     cut = (settings.get("max_position_embeddings") or 0) > source.geometry.max_positions
-    if cut and rope.get("rope_type", rope.get("type", "default")) not in ("default", "linear", "llama3"):
+    if cut and rope["rope_type"] not in ("default", "linear", "llama3"):
         raise UsageError(f"{source.path} attends in a sliding window and scales its rotary frequencies: this is not supported")
 
 
@@ -243,8 +241,3 @@ def _generation_config(source: ModelSource, model: PreTrainedModel) -> Generatio
     if source.kind == "hf" and (source.path / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(source.path)
     return model.generation_config
-
-
-def _line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())

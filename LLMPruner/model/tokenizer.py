@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.errors import RunError, UsageError
+from LLMPruner.errors import RunError, UsageError, one_line
 from LLMPruner.model.source import ModelSource
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _from_folder(folder: Path, shown: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # each broken file raises its own kind
-        raise UsageError(f"{shown} has no usable tokenizer: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{shown} has no usable tokenizer: {one_line(error)}") from error
     if not isinstance(tokenizer.chat_template, str | dict | list | None):
         raise UsageError(f"{shown} has a chat_template that is no text: correct its tokenizer_config.json")
     if not reads_as_its_file(tokenizer, folder / "tokenizer.json"):

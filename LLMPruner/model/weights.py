@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,9 @@ def check_shapes(where: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]]
 
     What stands for removed sublayers may be there, and a tied head and old rotary tables are passed over.
     """
-    expected, removed = expected_shapes(plan), removed_prefixes(plan)
+    expected, needless = expected_shapes(plan), passed_over(plan)
     missing = [name for name in expected if name not in shapes]
-    allowed = (name for name in shapes if name not in expected and not is_ignored(name) and not name.startswith(removed))
-    unknown = [name for name in allowed if not _is_tied_head(name, plan)]
+    unknown = [name for name in shapes if name not in expected and not needless(name)]
     if missing and unknown:
         raise DamagedError(
             f"{where} names its weights otherwise than its config's model, {unknown[0]} for one where {missing[0]} is missing: "
@@ -158,5 +157,9 @@ def is_ignored(name: str) -> bool:
     return name.endswith(IGNORED)
 
 
-def _is_tied_head(name: str, plan: PruningPlan) -> bool:
-    return plan.geometry.tied_embeddings and name == f"{plan.geometry.table.head}.weight"
+def passed_over(plan: PruningPlan) -> Callable[[str], bool]:
+    """Whether a stored tensor, by its name, is none of the plan's model: what stands for a removed sublayer, a head that
+    is the embedding again, an old rotary table."""
+    removed = removed_prefixes(plan)
+    tied_head = f"{plan.geometry.table.head}.weight" if plan.geometry.tied_embeddings else None
+    return lambda name: name == tied_head or is_ignored(name) or name.startswith(removed)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from LLMPruner.config import PRESETS, PruneConfig
 from LLMPruner.data.windows import prune_windows
-from LLMPruner.errors import RunError, UsageError
+from LLMPruner.errors import UsageError, one_line
 from LLMPruner.importance.budget import make_budget
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance
@@ -126,8 +126,8 @@ def better(job: PruneJob, loaded: LoadedModel, yardstick: Yardstick, record: dic
         other = load_model(job.source, dtype=job.common.dtype, device=job.common.device, tokenizer=loaded.tokenizer)
         make_default(plain, other)
         default = yardstick.verdict(other.runner)
-    except (UsageError, RunError, MemoryError, RuntimeError) as error:  # what was healed is not lost for want of a second model
-        logger.warning("check: the defaults' model cannot be made (%s); the model stays", " ".join(str(error).split()))
+    except (UsageError, MemoryError, RuntimeError) as error:  # what was healed is not lost for want of a second model
+        logger.warning("check: the defaults' model cannot be made (%s); the model stays", one_line(error))
         return job, loaded
     record["check"]["default"] = _finite(default)
     kept = math.isfinite(found.kl) and not default.kl < found.kl

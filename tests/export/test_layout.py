@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from LLMPruner.errors import UsageError
-from LLMPruner.export.layout import ZERO_CHANNELS, counted, filled, is_uniform, laid_out, rope_settings, stock
+from LLMPruner.export.layout import ZERO_CHANNELS, counted, filled, is_uniform, laid_out, stock
+from LLMPruner.families.family import rope_settings
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan, expected_shapes
 from tests.conftest import each_architecture, random_plan, tiny_model
 from tests.export.test_hf import logits, pruned

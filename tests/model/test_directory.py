@@ -25,6 +25,7 @@ from LLMPruner.errors import DamagedError, UsageError
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import check_seq_len, find_model
 from LLMPruner.plan import Geometry
+from tests.export.test_hf import LLAMA3_ROPE
 
 FLAG, IDS = "--base_model", random_windows(2, 20)
 WIDE = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}  # heads that do not divide the width, 64
@@ -35,16 +36,7 @@ STOCK = {
     "llama 3 scaling": (
         LlamaForCausalLM,
         LlamaConfig,
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
+        {"rope_parameters": LLAMA3_ROPE},
     ),
     "llama gelu": (LlamaForCausalLM, LlamaConfig, {"hidden_act": "gelu"}),
     "mistral nemo": (MistralForCausalLM, MistralConfig, {**WIDE, "sliding_window": None}),
