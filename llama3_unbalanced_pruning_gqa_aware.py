@@ -11,6 +11,7 @@ from LLMPruner.config import PRESETS
 from LLMPruner.model.source import find_model
 from LLMPruner.run import Run, check_experiment
 from LLMPruner.stages.job import PruneJob, check_prune
+from LLMPruner.stages.journal import open_journal
 from LLMPruner.stages.prune import prune
 
 
@@ -25,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the plan and the sizes, write nothing but the log; loads the model and runs the analysis, and a search too",
     )
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run of this experiment")
     parser.add_argument("--test_original_ppl", action=cli.Switch, default=False, help="measure the dense model's PPL first")
     parser.add_argument("--test_after_prune", action=cli.Switch, default=False, help="measure the PPL after pruning")
     parser.add_argument("--finetune", action=cli.Switch, default=False, help="fine-tune after pruning")
@@ -62,6 +64,7 @@ def build_job(args: argparse.Namespace) -> PruneJob:
         test_original=args.test_original_ppl,
         test_pruned=args.test_after_prune,
         dry_run=args.dry_run,
+        resume=args.resume,
         source=find_model(args.base_model, "--base_model"),
     )
 
@@ -72,6 +75,9 @@ def recipe(argv: Sequence[str]) -> None:
     folder = check_experiment(args.save_ckpt_log_name, "--save_ckpt_log_name")
     job = build_job(args)
     budget, importance = check_prune(job, folder)
+    if job.resume and open_journal(job, folder).finished:
+        print(f"{folder} is finished: there is nothing left to do")
+        return
     with Run(folder, __file__, argv, seed=job.common.seed, device=job.common.device, dry_run=job.dry_run) as run:
         prune(job, run, budget, importance)
 

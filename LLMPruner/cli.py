@@ -17,6 +17,7 @@ from LLMPruner.config import (
     EXPORT_FORMATS,
     GGUF_TYPES,
     PRESETS,
+    STREAM,
     TEXT_FORMATS,
     CommonConfig,
     EvalConfig,
@@ -92,6 +93,7 @@ def _finish(message: object, code: int, note: str = "") -> int:
 CHOICES: dict[str, Any] = {
     "dtype": DTYPES,
     "text_format": TEXT_FORMATS,
+    "stream": STREAM,
     "ratio_base": ("auto", "model", "selected"),
     "layer_importance_method": LAYER_METHODS,
     "pruning_strategy": STRATEGIES,
@@ -131,7 +133,7 @@ def settings_of(config: type, args: argparse.Namespace, prefix: str = "") -> dic
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """--seed, --dtype, --device, --data_dir, --text_format: the same on every script."""
+    """--seed, --dtype, --device, --stream, --data_dir and the like: the same on every script."""
     add_settings(parser, CommonConfig, "machine and data")
 
 

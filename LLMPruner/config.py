@@ -13,6 +13,7 @@ from typing import Any
 from LLMPruner.errors import UsageError
 
 TEXT_FORMATS = ("clean", "raw")  # what they are says data/corpora.py
+STREAM = ("auto", "on", "off")
 
 
 def setting(default: Any, help: str, group: str | None = None) -> Any:
@@ -40,8 +41,16 @@ class CommonConfig:
         "clean",
         "how rows become one text; clean: without empty rows and line ends; raw: all as they come, as papers measure PPL",
     )
+    stream: str = setting("auto", "leave weights on disk and read them layer by layer; auto: where they do not fit the device")
+    hidden_gb: float | None = setting(
+        None, "of a streamed model's hidden states stay in main memory, the rest on disk; default: half of what is free"
+    )
 
     def __post_init__(self) -> None:
+        if self.stream not in STREAM:
+            raise UsageError(f"--stream must be {', '.join(STREAM)}, got {self.stream}")
+        if self.hidden_gb is not None and not 0 <= self.hidden_gb < math.inf:
+            raise UsageError(f"--hidden_gb must be 0 or more, got {self.hidden_gb}")
         if not 0 <= self.seed < 2**32:  # numpy, which the Trainer seeds, takes no more
             raise UsageError(f"--seed must lie between 0 and {2**32 - 1}, got {self.seed}")
         if self.text_format not in TEXT_FORMATS:
@@ -131,7 +140,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class EfficiencyConfig:
-    """How speed is measured: the prompt of a prefill, tokens in the cache before decoding, tokens decoded, repeats."""
+    """How speed is measured."""
 
     prompt_tokens: int = setting(512, "tokens of the prompt that prefill is timed on")
     new_tokens: int = setting(32, "tokens decoded")
@@ -163,8 +172,8 @@ class ExportConfig:
             raise UsageError(f"--gguf_type {self.gguf_type} needs gguf among the formats to export")
 
 
-# The published methods as points of one space, and the best one: the three choices in one word. `best` also repairs on more
-# text, a fifth of it the model's own, and distills on it block by block, which costs minutes and no quality elsewhere.
+# The published methods as points of one space, and the best one. `best` also repairs on more text, a fifth of it the model's
+# own, and distills on it block by block, which costs minutes and no quality elsewhere.
 PRESETS: dict[str, dict[str, str | int]] = {
     "seed": {"importance": "taylor", "pruning_strategy": "inverse", "repair": "none"},
     "llm-pruner": {"importance": "taylor", "pruning_strategy": "uniform", "repair": "none"},
@@ -212,7 +221,6 @@ class PruneConfig:
         None, "held-out tokens that KL is measured on, half written by the dense model; default: 24576 on a GPU, 6144 on a CPU"
     )
     search_minutes: float = setting(10.0, "minutes until the best plan so far is taken, once every sublayer was measured")
-    resume: bool = setting(False, "continue the interrupted search of this experiment")
     allow_sublayer_removal: bool = setting(False, "a whole attention or MLP may go")
 
     importance: str = setting("taylor", "how KV groups and channels are scored", "units and repair")
@@ -224,9 +232,7 @@ class PruneConfig:
     distill_model_epochs: int = setting(0, "passes of distillation through the whole model after that, on the same windows")
     calibration_seq_len: int = setting(512, "tokens of a calibration window")
     calibration_dataset: str = setting("wikitext2", "corpus to calibrate on (its train split), or a local text file")
-    calibration_bos: str = setting(
-        "auto", "whether calibration windows begin with the BOS token; auto: where the tokenizer adds one"
-    )
+    calibration_bos: str = setting("auto", "whether calibration windows begin with BOS; auto: where the tokenizer adds it")
 
     def __post_init__(self) -> None:
         if not 0 < self.pruning_ratio < 1:
@@ -255,9 +261,8 @@ class PruneConfig:
             require_at_least("--search_tokens", self.search_tokens, 2)
         if not (math.isfinite(self.search_minutes) and self.search_minutes > 0):
             raise UsageError(f"--search_minutes must be a positive number, got {self.search_minutes}")
-        for flag in ("resume", "allow_sublayer_removal"):
-            if getattr(self, flag) and self.pruning_strategy != "search":
-                raise UsageError(f"--{flag} needs --pruning_strategy search")
+        if self.allow_sublayer_removal and self.pruning_strategy != "search":
+            raise UsageError("--allow_sublayer_removal needs --pruning_strategy search")
 
     @property
     def repair_windows(self) -> int:

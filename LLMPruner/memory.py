@@ -23,6 +23,23 @@ def peak_memory(device: str = "auto") -> int:
     return process_peak_memory() if cuda is None else sys.modules["torch"].cuda.max_memory_allocated(cuda)
 
 
+def available_memory(device: str) -> int:
+    """Bytes that can still be taken: of `device` where it is a CUDA one, else of main memory and of the process's limit."""
+    cuda = _cuda_name(device)
+    if cuda is not None:
+        return sys.modules["torch"].cuda.mem_get_info(cuda)[0]
+    import psutil
+
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            free = min(free, limit - psutil.Process().memory_info().vms)
+    return max(0, free)
+
+
 def _cuda_name(device: str) -> str | None:
     """`device` as torch calls it where it is a CUDA one; None where it is not, or nobody has imported torch yet."""
     torch = sys.modules.get("torch")

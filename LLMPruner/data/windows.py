@@ -5,6 +5,7 @@ Calibration reads the train split, the search's choices the validation split, an
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -32,6 +33,13 @@ class PruneWindows:
     held_out: torch.Tensor | None = None
     evaluation: dict[str, torch.Tensor] = field(default_factory=dict)
     finetuning: torch.Tensor | None = None
+
+    def fingerprint(self) -> str:
+        """A hash of all tokens."""
+        digest = hashlib.sha256()
+        for rows in self.all():
+            digest.update(b"-" if rows is None else repr(tuple(rows.shape)).encode() + rows.numpy().tobytes())
+        return digest.hexdigest()[:32]
 
     def all(self) -> list[torch.Tensor | None]:
         """Every stage's windows."""

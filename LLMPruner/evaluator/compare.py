@@ -85,7 +85,7 @@ def measure_model(
     from LLMPruner.evaluator.ppl import measure
 
     loaded = load_model(source, dtype=common.dtype, device=common.device, tokenizer=tokenizer)
-    results = measure(loaded.model, windows, role, common.split("test"))
+    results = measure(loaded.runner, windows, role, common.split("test"))
     del loaded
     gc.collect()  # a model may refer to itself: without this, two could be in memory at once
     return results

@@ -15,8 +15,9 @@ from LLMPruner.evaluator.massive import RATIO, largest_ratios, lengths_and_last
 from LLMPruner.families.family import Projection, Sublayer
 from LLMPruner.model.checkpoint import load_checkpoint
 from LLMPruner.model.device import resolve_device
-from LLMPruner.model.load import load_model, open_tensors
+from LLMPruner.model.load import load_model
 from LLMPruner.model.source import ModelSource, with_weights
+from LLMPruner.model.tensors import StoredTensors
 from LLMPruner.model.tokenizer import load_tokenizer
 from LLMPruner.plan import PruningPlan, expected_shapes
 
@@ -88,7 +89,7 @@ def diagnose_weights(source: ModelSource) -> Diagnosis:
     shapes, findings = {}, []
     try:
         source = with_weights(source)
-        for name, tensor in _bin_tensors(source) if source.kind == "bin" else open_tensors(source):
+        for name, tensor in _bin_tensors(source) if source.kind == "bin" else StoredTensors(source).items():
             shapes[name] = tuple(tensor.shape)
             findings += tensor_findings(name, tensor)
     except (RunError, DamagedError) as error:

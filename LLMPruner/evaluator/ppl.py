@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("LLMPruner")
 
-CACHED_TOKENS = 1 << 14  # hidden states that go through the layers together; bounds memory, not the result
-
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -36,24 +34,32 @@ class Perplexity:
         """Plain values, for JSON. PPL is None where the loss was not finite, which JSON cannot say."""
         return asdict(self) | {"ppl": self.ppl if math.isfinite(self.ppl) else None}
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Perplexity:
+        """From the plain values of `as_dict`."""
+        return cls(**values | {"ppl": math.nan if values["ppl"] is None else values["ppl"]})
+
 
 def perplexity(model: LlamaForCausalLM, windows: torch.Tensor) -> float:
     """Token-weighted PPL of `windows` `(n, seq_len)`; each predicts its last `seq_len - 1` tokens. NaN if the loss is."""
-    runner = LayerRunner.of(model)
-    step = max(1, CACHED_TOKENS // windows.shape[1])
-    total = 0.0
-    for part in tqdm(windows.split(step), desc="PPL", disable=None, leave=False):
-        total += runner.head.losses(runner.layers(runner.embed(part)), part).sum().item()
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    return perplexity_of(LayerRunner.of(model), windows)
+
+
+def perplexity_of(runner: LayerRunner, windows: torch.Tensor) -> float:
+    """`perplexity` of a runner's model, whose weights may lie on disk."""
+    losses = []
+    for part in tqdm(runner.passes(*windows.shape), desc="PPL", disable=None, leave=False):
+        losses.append(runner.head.losses(runner.layers(runner.embed(windows[part])), windows[part]))
+    mean = torch.cat(losses).sum().item() / (windows.shape[0] * (windows.shape[1] - 1))
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
 
 
-def measure(model: LlamaForCausalLM, windows: dict[str, torch.Tensor], label: str, split: str = "test") -> list[Perplexity]:
+def measure(runner: LayerRunner, windows: dict[str, torch.Tensor], label: str, split: str = "test") -> list[Perplexity]:
     """PPL on every corpus, logged one line each (`grep PPL` finds them)."""
     results = []
     for name, rows in windows.items():
         count, seq_len = rows.shape
-        ppl = perplexity(model, rows)
+        ppl = perplexity_of(runner, rows)
         logger.info("PPL %s on %s %s: %.4f (%d windows of %d tokens)", label, describe(name), split, ppl, count, seq_len)
         results.append(Perplexity(name, split, seq_len, count, count * (seq_len - 1), ppl))
     return results

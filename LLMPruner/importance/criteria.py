@@ -8,6 +8,7 @@ which statistics it `needs`. The same function scores KV groups and channels: bo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ class SublayerView:
     """A sublayer as the criteria see it: units that own rows of some projections and columns of the output projection."""
 
     units: int
-    output: torch.Tensor  # (hidden, columns): weight of o_proj or down_proj
+    output: torch.Tensor | None  # (hidden, columns): weight of o_proj or down_proj; None where no criterion asked
     rows: tuple[torch.Tensor, ...]  # (units * rows of a unit, hidden) each: q, k and v, or gate and up
     statistics: SublayerStatistics
     seed: int
@@ -69,11 +70,13 @@ class Criterion:
     """A scoring function, the statistics it reads (gates, moments, gram), and how its scores compare across sublayers.
 
     `scale`: loss, where they estimate the rise of the loss; standard, where they are deviations from the sublayer's mean; own.
+    `weights`: whether it reads weights; where they are on disk, those that nobody reads stay there.
     """
 
     score: Callable[[SublayerView], torch.Tensor]
     needs: str | None = None
     scale: str = "own"
+    weights: bool = True
 
 
 def taylor(view: SublayerView) -> torch.Tensor:
@@ -125,12 +128,12 @@ def random(view: SublayerView) -> torch.Tensor:
 
 
 CRITERIA: dict[str, Criterion] = {
-    "taylor": Criterion(taylor, needs="gates", scale="loss"),
+    "taylor": Criterion(taylor, needs="gates", scale="loss", weights=False),
     "obs": Criterion(obs, needs="gram"),
     "flap": Criterion(flap, needs="moments", scale="standard"),
     "wanda": Criterion(wanda, needs="moments"),
     "magnitude": Criterion(magnitude),
-    "random": Criterion(random),
+    "random": Criterion(random, weights=False),
 }
 
 
@@ -148,8 +151,8 @@ def score_units(
 def score_layer(criterion: Criterion, runner: LayerRunner, index: int, statistics: LayerStatistics, seed: int) -> UnitScores:
     """The scores of the units of dense layer `index`."""
     scores = []
-    with runner.store.layer(index) as layer:
-        geometry = runner.store.geometry
+    geometry = runner.store.geometry
+    with runner.store.layer(index) if criterion.weights else nullcontext() as layer:
         for place, (sublayer, gathered) in enumerate(zip(geometry.table.sublayers, statistics, strict=True)):
             score = criterion.score(sublayer_view(sublayer, layer, geometry, gathered, seed + place)).float().cpu()
             if not score.isfinite().all():
@@ -160,9 +163,11 @@ def score_layer(criterion: Criterion, runner: LayerRunner, index: int, statistic
 
 
 def sublayer_view(
-    sublayer: Sublayer, layer: nn.Module, geometry: Geometry, statistics: SublayerStatistics, seed: int = 0
+    sublayer: Sublayer, layer: nn.Module | None, geometry: Geometry, statistics: SublayerStatistics, seed: int = 0
 ) -> SublayerView:
-    """One sublayer of a dense decoder layer, as the criteria see it."""
+    """One sublayer of a dense decoder layer, as the criteria see it; without a layer there are no weights to be seen."""
+    if layer is None:
+        return SublayerView(geometry.units(sublayer.name), None, (), statistics, seed)
     module = getattr(layer, sublayer.attribute)
     *rows, output = (getattr(module, part.name).weight.detach() for part in sublayer.projections)
     return SublayerView(geometry.units(sublayer.name), output, tuple(rows), statistics, seed)

@@ -38,11 +38,16 @@ class LayerImportance:
         write_json(path, asdict(self) | {"scores": list(self.scores)})
 
     @classmethod
+    def of(cls, data: dict[str, Any]) -> LayerImportance:
+        """From plain values. Raises TypeError, KeyError or ValueError for others."""
+        return cls(**data | {"scores": tuple(float(score) for score in data["scores"])})
+
+    @classmethod
     def load(cls, path: Path, fingerprint: str, num_layers: int) -> LayerImportance:
         """Read the scores back. Raises UsageError when the file is missing, malformed, or of another model."""
         data = read_json_file(path, "--layer_importance_config")
         try:
-            loaded = cls(**data | {"scores": tuple(float(score) for score in data["scores"])})
+            loaded = cls.of(data)
         except (TypeError, KeyError, ValueError) as error:
             raise UsageError(f"--layer_importance_config {path} is not a layer importance file: {error}") from error
         if loaded.fingerprint != fingerprint or len(loaded.scores) != num_layers:
@@ -57,39 +62,59 @@ class LayerImportance:
 def removal(runner: LayerRunner, windows: torch.Tensor) -> list[float]:
     """The rise of the mean loss (nats a token) when a layer is skipped.
 
-    The prefix before each layer is computed once and re-used, so L removals cost L/2 forwards, not L.
+    The stream of hidden states that skips a layer branches off before it, so that L removals cost L/2 forwards, not L; all
+    streams go through a layer one after the other, so that its weights are read once.
     """
+    import torch
+
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    hidden = runner.embed(windows)
-    without = []
-    for index in _progress(runner):
-        without.append(runner.head.losses(runner.layers(hidden, index + 1), windows).sum().item() / tokens)
-        hidden = runner.layer(index, hidden)
-    base = runner.head.losses(hidden, windows).sum().item() / tokens
+    losses = torch.cat([_losses_without_each(runner, windows[part]) for part in _passes(runner, windows)], 1)  # (L + 1, n)
+    *without, base = (losses.sum(1) / tokens).tolist()
     return [loss - base for loss in without]
+
+
+def _losses_without_each(runner: LayerRunner, windows: torch.Tensor) -> torch.Tensor:
+    """Summed losses of each window without each layer, and with all, float64 `(layers + 1, n)`."""
+    import torch
+
+    streams, whole = [], runner.embed(windows)
+    for index in range(runner.num_layers):
+        with runner.store.layer(index):
+            streams = [*(runner.layer(index, stream) for stream in streams), whole]
+            whole = runner.layer(index, whole)
+    return torch.stack([runner.head.losses(stream, windows) for stream in (*streams, whole)])
 
 
 def block_influence(runner: LayerRunner, windows: torch.Tensor) -> list[float]:
     """One minus the mean cosine of a layer's input and output (ShortGPT, Men et al. 2024)."""
     import torch
 
-    hidden, scores = runner.embed(windows), []
-    for index in _progress(runner):
-        output = runner.layer(index, hidden)
-        scores.append(1 - torch.cosine_similarity(hidden.float(), output.float(), dim=-1).mean().item())
-        hidden = output
-    return scores
+    return _mean_per_layer(runner, windows, lambda before, after: 1 - torch.cosine_similarity(before, after, dim=-1))
 
 
 def activation(runner: LayerRunner, windows: torch.Tensor) -> list[float]:
     """The mean norm of what a layer adds to the residual stream, relative to the stream's own norm."""
-    hidden, scores = runner.embed(windows), []
-    for index in _progress(runner):
-        output = runner.layer(index, hidden)
-        change = (output - hidden).float().norm(dim=-1) / hidden.float().norm(dim=-1).clamp_min(1e-12)
-        scores.append(change.mean().item())
-        hidden = output
-    return scores
+    return _mean_per_layer(
+        runner, windows, lambda before, after: (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
+    )
+
+
+def _mean_per_layer(
+    runner: LayerRunner, windows: torch.Tensor, measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> list[float]:
+    """The mean of what `measure` gives each token `(n, seq_len)`, from the float32 streams before and after a layer."""
+    from LLMPruner.model.hidden import fetch
+
+    sums = [0.0] * runner.num_layers
+    for part in _passes(runner, windows):
+        hidden = runner.embed(windows[part])
+        for index in range(runner.num_layers):
+            after = runner.layer(index, hidden)
+            for batch in runner.batches(*hidden.shape[:2]):
+                pair = (fetch(stream, batch, runner.device).float() for stream in (hidden, after))
+                sums[index] += measure(*pair).double().sum().item()
+            hidden = after
+    return [total / windows.numel() for total in sums]
 
 
 LAYER_METHODS: dict[str, Callable[[LayerRunner, torch.Tensor], list[float]]] = {
@@ -109,7 +134,7 @@ def analyze_layers(runner: LayerRunner, windows: torch.Tensor, method: str, **re
     return LayerImportance(tuple(scores), method, windows.shape[0], windows.shape[1], **record)
 
 
-def _progress(runner: LayerRunner) -> Any:
+def _passes(runner: LayerRunner, windows: torch.Tensor) -> Any:
     from tqdm import tqdm
 
-    return tqdm(range(runner.num_layers), desc="layer importance", disable=None, leave=False)
+    return tqdm(runner.passes(*windows.shape), desc="layer importance", disable=None, leave=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from LLMPruner.data.windows import held_out_tokens
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import output_columns, output_projection, slice_sublayer
-from LLMPruner.methods.block_distill import BLOCK, distill_block
+from LLMPruner.methods.block_distill import BLOCK, distill_block, training_order
 from LLMPruner.methods.moments import Moments, relative_to, token_scales
 from LLMPruner.methods.repair import REPAIRS, Evidence, Healed, Repair
 from LLMPruner.model.forward import LayerRunner
@@ -52,31 +51,71 @@ def apply_plan(
     the first few that lost something on, whole layers among them learn too. With `distill_model_epochs`, output projections and
     norms of all layers then learn the dense model's next-token distributions together.
     """
-    method, sublayers = REPAIRS[repair], plan.geometry.table.sublayers
+    method, layers = REPAIRS[repair], range(runner.num_layers)
     if method is None:
-        for index, sublayer in product(range(runner.num_layers), sublayers):
-            _slice(runner, sublayer, index, plan)
+        distill_epochs = distill_model_epochs = 0
+    taught = distill_model_epochs and _drifts(plan, layers)
+    last = [TAUGHT if taught else _state(plan, block, distill_epochs) for block in _blocks(len(layers)) for _ in block]
+    if method is None or all(_finished(runner, index) == state for index, state in enumerate(last)):
+        for index in layers:
+            _slice_layer(runner, index, plan)
         return
-    streams, held_out = _streams(runner, windows), held_out_tokens(*windows.shape).to(runner.device)
-    options = {"held_out": held_out, "generator": torch.Generator().manual_seed(seed)}
-    with tqdm(total=runner.num_layers, desc="apply", disable=None, leave=False) as progress:
-        for layers in _blocks(runner.num_layers):
-            learns = distill_epochs and any(plan.layers[index].kept(part.name) for index in layers for part in sublayers)
-            entering = streams.pruned if learns else None  # one stream is gigabytes: none is held without need
-            for index, sublayer in product(layers, sublayers):
-                _heal(runner, sublayer, index, plan, method, streams)
-            progress.update(len(layers))
-            if learns:
-                _distill(runner, layers, entering, streams, epochs=distill_epochs, **options)
-    if distill_model_epochs:
-        whole, entering = range(runner.num_layers), runner.embed(windows)
-        _distill(runner, whole, entering, streams, epochs=distill_model_epochs, outputs_only=True, **options)
+    streams, learning = _streams(runner, windows), _Learning(held_out_tokens(*windows.shape), seed)
+    for block in _blocks(len(layers)):
+        learns = _state(plan, block, distill_epochs) == DISTILLED
+        entering = streams.pruned if learns else None  # one stream is gigabytes: none is held without need
+        for index in tqdm(block, desc=f"apply {block[0]} to {block[-1]}", disable=None, leave=False):
+            _heal_layer(runner, index, plan, method, streams)
+        if learns:
+            learning.distill(runner, block, entering, streams, DISTILLED, distill_epochs)
+    if taught:
+        entering = runner.embed(windows)
+        learning.distill(runner, layers, entering, streams, TAUGHT, distill_model_epochs, outputs_only=True)
 
 
-def _distill(runner: LayerRunner, layers: range, entering: torch.Tensor, streams: Streams, **options: Any) -> None:
-    """Distill `layers`, unless nothing was pruned yet; `entering` is the pruned stream before them."""
-    if streams.pruned is not streams.dense:
-        streams.pruned = distill_block(runner, layers, entering, streams.pruned, streams.dense, **options)
+HEALED, DISTILLED, TAUGHT = "healed", "distilled", "taught"  # what was done to a finished layer
+
+
+def _state(plan: PruningPlan, layers: range, epochs: int) -> str:
+    """What is done to a block of layers: it learns where something of it is left, and something up to its end is not."""
+    left = any(plan.counts(part.name)[index] for index in layers for part in plan.geometry.table.sublayers)
+    return DISTILLED if epochs and left and _drifts(plan, layers) else HEALED
+
+
+def _drifts(plan: PruningPlan, layers: range) -> bool:
+    """Whether any layer up to the last of these loses something, so that what leaves it is no longer the dense model's."""
+    geometry = plan.geometry
+    return any(min(plan.counts(part.name)[: layers.stop]) < geometry.units(part.name) for part in geometry.table.sublayers)
+
+
+def _finished(runner: LayerRunner, index: int) -> str | None:
+    """What an earlier run of this plan did to a layer; None where nothing of it is left."""
+    return None if runner.store.finished is None else runner.store.finished.state(index)
+
+
+class _Learning:
+    """Distillation on the windows that are not held out, in an order that a seed draws, over all blocks of a run."""
+
+    def __init__(self, held_out: torch.Tensor, seed: int) -> None:
+        self.held_out, self.generator = held_out, torch.Generator().manual_seed(seed)
+
+    def distill(
+        self,
+        runner: LayerRunner,
+        layers: range,
+        entering: torch.Tensor,
+        streams: Streams,
+        state: str,
+        epochs: int,
+        **options: Any,
+    ) -> None:
+        """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them."""
+        order = training_order(self.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
+        if all(_finished(runner, index) == state for index in layers):
+            return
+        with runner.store.edited(layers, state):
+            targets = (streams.pruned, streams.dense, self.held_out)
+            streams.pruned = distill_block(runner, layers, entering, *targets, order=order, **options)
 
 
 def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
@@ -89,6 +128,45 @@ def _blocks(num_layers: int) -> Iterator[range]:
     taught the dense model's next-token distributions, which changes most and wants all its layers."""
     for stop in range((num_layers - 1) % BLOCK + 1, num_layers + 1, BLOCK):
         yield range(max(0, stop - BLOCK), stop)
+
+
+def _heal_layer(runner: LayerRunner, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:
+    """Slice and heal a layer, or take it as a run that died left it, and move both streams past it."""
+    if _finished(runner, index) is not None:
+        _pass_finished(runner, index, plan, streams)
+        return
+    with runner.store.edited((index,), HEALED):
+        for sublayer in runner.table.sublayers:
+            _heal(runner, sublayer, index, plan, method, streams)
+
+
+def _pass_finished(runner: LayerRunner, index: int, plan: PruningPlan, streams: Streams) -> None:
+    """Put the finished layer in the place of the dense one once the dense stream is past it."""
+    answers, sublayers = [streams.dense], runner.table.sublayers
+    for sublayer in sublayers:
+        answers.append(runner.sublayer(index, sublayer, answers[-1]))
+    runner.store.restore(index, plan)
+    learned = _finished(runner, index) != HEALED  # then a layer that lost nothing may have changed too
+    for sublayer, answer in zip(sublayers, answers[1:], strict=True):
+        _pass(runner, sublayer, index, plan, streams, answer, changed=learned)
+    logger.info("layer %2d is finished already", index)
+
+
+def _pass(
+    runner: LayerRunner,
+    sublayer: Sublayer,
+    index: int,
+    plan: PruningPlan,
+    streams: Streams,
+    answer: torch.Tensor,
+    *,
+    changed: bool = False,
+) -> None:
+    """Move both streams past a pruned sublayer, the dense one to `answer`; as long as nothing was `changed` they are one."""
+    changed |= streams.pruned is not streams.dense
+    changed |= plan.counts(sublayer.name)[index] < plan.geometry.units(sublayer.name)
+    streams.pruned = runner.sublayer(index, sublayer, streams.pruned) if changed else answer
+    streams.dense = answer
 
 
 def _heal(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:
@@ -105,8 +183,23 @@ def _heal(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan
         with runner.store.layer(index) as layer:
             _assign(output_projection(layer, sublayer), healed)
         logger.info("layer %2d %s healed: %s", index, sublayer.name, healed.choice)
-    streams.pruned = runner.sublayer(index, sublayer, streams.pruned) if drifted or not whole else answer
-    streams.dense = answer
+    _pass(runner, sublayer, index, plan, streams, answer)
+
+
+def _slice_layer(runner: LayerRunner, index: int, plan: PruningPlan) -> None:
+    """Slice a layer, or take it as a run that died left it."""
+    if _finished(runner, index) is not None:
+        runner.store.restore(index, plan)
+        return
+    with runner.store.edited((index,), HEALED):
+        for sublayer in runner.table.sublayers:
+            _slice(runner, sublayer, index, plan)
+
+
+def keep_layers(runner: LayerRunner) -> None:
+    """Keep all layers as they are, in the place of what the store kept before."""
+    with runner.store.edited(range(runner.num_layers), HEALED):
+        pass
 
 
 def _slice(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan) -> None:
@@ -125,7 +218,7 @@ def _evidence(
     the stream is 64 times as long as what is added to it, a third of that difference is bfloat16's rounding.
     """
     columns = output_columns(sublayer, plan.layers[index].kept(sublayer.name), plan.geometry).to(runner.device)
-    dense, pruned, answer = streams.dense, streams.pruned, torch.empty_like(streams.dense)
+    dense, pruned, answer = streams.dense, streams.pruned, runner.home.empty_like(streams.dense)
     held = held_out_tokens(*dense.shape[:2]).to(runner.device)
     with runner.store.layer(index) as layer:
         projection = output_projection(layer, sublayer)

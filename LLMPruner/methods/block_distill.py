@@ -10,7 +10,7 @@ the head) instead of its hidden states.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from LLMPruner.families.slicing import is_removed, output_projection
 from LLMPruner.model.device import deterministic, float64
 from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.hidden import fetch
 
 logger = logging.getLogger("LLMPruner")
 
@@ -39,8 +40,7 @@ def distill_block(
     targets: torch.Tensor,
     held_out: torch.Tensor,
     *,
-    epochs: int,
-    generator: torch.Generator,
+    order: Sequence[int],
     outputs_only: bool = False,
 ) -> torch.Tensor:
     """Train `layers`, in place, on the tokens that are not held out; keep the result where it is better on those that are.
@@ -51,19 +51,25 @@ def distill_block(
         inputs, outputs: hidden states `(n, seq_len, hidden)` of the pruned model before and after the layers.
         targets: those of the dense model after them. Of the model's last layers the distance is KL(dense || model).
         held_out: bool `(n, seq_len)`.
-        epochs: passes over the windows, one window a step, in an order drawn from `generator`.
+        order: the windows, one a step: of `training_order`.
         outputs_only: only output projections and norms learn: a third of the memory, nearly all of the gain.
     Returns:
         What the layers now give, in place of `outputs`.
     """
     with _float32(runner, layers, outputs_only=outputs_only) as weights, deterministic():
-        _train(runner, layers, list(weights), inputs, targets, held_out, epochs, generator)
+        _train(runner, layers, list(weights), inputs, targets, held_out, order)
     distilled = runner.layers(inputs, layers.start, layers.stop)
     if _better(runner, layers, outputs, distilled, targets, held_out):
         return distilled
     for weight, healed in weights.items():
         weight.data = healed
     return outputs
+
+
+def training_order(held_out: torch.Tensor, epochs: int, generator: torch.Generator) -> list[int]:
+    """The windows that are not held out whole, in a random order drawn anew for each epoch."""
+    fit = (~held_out).any(1).nonzero().flatten()
+    return torch.cat([fit[torch.randperm(len(fit), generator=generator)] for _ in range(epochs)]).tolist()
 
 
 @contextmanager
@@ -130,26 +136,24 @@ def _train(
     inputs: torch.Tensor,
     targets: torch.Tensor,
     held_out: torch.Tensor,
-    epochs: int,
-    generator: torch.Generator,
+    order: Sequence[int],
 ) -> None:
     """Adam on float32 weights; the arithmetic of a half-precision model stays in half precision."""
-    fit = (~held_out).any(1).nonzero().flatten()
-    order = torch.cat([fit[torch.randperm(len(fit), generator=generator)] for _ in range(epochs)]).tolist()
     last = _last(runner, layers)
     optimizer = torch.optim.Adam(weights, lr=LAST_RATE if last else RATE, betas=(0.9, 0.95), fused=True)
     rate = lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / len(order))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    half = torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.dtype != torch.float32)
+    half = torch.autocast(runner.device.type, torch.bfloat16, enabled=inputs.dtype != torch.float32)
     for window in tqdm(order, desc=f"distill {layers[0]} to {layers[-1]}", disable=None, leave=False):
-        fitted = ~held_out[window]
+        fitted = ~held_out[window].to(runner.device)
         optimizer.zero_grad()
         with torch.enable_grad():
-            hidden = inputs[window : window + 1]
+            one = slice(window, window + 1)
+            hidden, wanted = fetch(inputs, one, runner.device), fetch(targets, one, runner.device)[0, fitted]
             with half:
                 for index in layers:
                     hidden = runner.differentiable_layer(index, hidden)
-            hidden, wanted = hidden[0, fitted], targets[window, fitted]
+            hidden = hidden[0, fitted]
             if last:
                 hidden, wanted = hidden[::STRIDE], wanted[::STRIDE]
                 hidden.backward(runner.head.divergence_gradient(hidden, wanted))
@@ -165,7 +169,7 @@ def _last(runner: LayerRunner, layers: range) -> bool:
 
 def _divergence(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
     """KL(dense || model) over the tokens held out, every `STRIDE`th."""
-    seen = held_out.flatten().nonzero().flatten()[::STRIDE]
+    seen = held_out.flatten().nonzero().flatten()[::STRIDE].to(hidden.device)
     return runner.head.divergence(hidden.flatten(0, 1)[seen], targets.flatten(0, 1)[seen])
 
 
@@ -181,6 +185,8 @@ def _log_distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def _distance(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
     """Mean of `_log_distances` over the tokens held out, batch by batch."""
-    batches = runner.batches(*held_out.shape)
-    total = sum(float64(_log_distances(hidden[batch], targets[batch])[held_out[batch]]).sum().item() for batch in batches)
+    total = 0.0
+    for batch in runner.batches(*held_out.shape):
+        ours, theirs = (fetch(states, batch, runner.device) for states in (hidden, targets))
+        total += float64(_log_distances(ours, theirs)[held_out[batch].to(runner.device)]).sum().item()
     return total / held_out.sum().item()

@@ -15,7 +15,9 @@ class Moments:
 
     With `gram` the whole second moment E[x x'] is gathered, else its diagonal alone; with `targets` y, E[y x'] as well. With
     `kept`, column indices S `(k,)`, both hold these columns only, E[x x_S'] and E[y x_S']: all that solving for them needs.
-    Raises ValueError for `kept` without `gram`, and where moments of different columns are added.
+    Inputs with targets stay as they are, unmultiplied, while the tokens are fewer than the Gram matrix has columns: they are
+    smaller than it, and so is the work with them. They are not copied, so the caller must leave them as they are. Raises
+    ValueError for `kept` without `gram`, and where moments of different columns are added.
     """
 
     def __init__(self, *, gram: bool = True, kept: torch.Tensor | None = None) -> None:
@@ -25,19 +27,62 @@ class Moments:
         self._first: torch.Tensor | None = None
         self._second: torch.Tensor | None = None
         self._cross: torch.Tensor | None = None
+        self._tokens: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # batches that are in no product yet
         self.count = 0
 
     def add(self, inputs: torch.Tensor, *, targets: torch.Tensor | None = None) -> None:
         """Add a batch: inputs `(tokens, columns)`, targets `(tokens, outputs)`."""
-        rows = inputs.float()
-        self._first = _plus(self._first, rows.sum(0))
-        chosen = rows if self._kept is None else rows[:, self._kept]
-        with _exact_products(inputs):
-            self._second = _plus(self._second, rows.T @ chosen if self._full else rows.square().sum(0))
-        if targets is not None:
-            with _exact_products(inputs, targets):
-                self._cross = _plus(self._cross, targets.float().T @ chosen)
-        self.count += rows.shape[0]
+        import torch
+
+        self._first = _plus(self._first, inputs.sum(0, dtype=torch.float32))
+        self._tokens.append((inputs, targets))
+        self.count += inputs.shape[0]
+        width = inputs.shape[1] if self._kept is None else len(self._kept)
+        if not self._full or targets is None or self._second is not None or self.count >= width:
+            self.multiply()
+
+    def multiply(self) -> None:
+        """Replace the tokens that stayed as they are, if any, by their products."""
+        while self._tokens:
+            inputs, targets = self._tokens.pop(0)
+            rows, chosen = inputs.float(), self._chosen(inputs)
+            with _exact_products(inputs):
+                self._second = (
+                    _plus_product(self._second, rows, chosen) if self._full else _plus(self._second, rows.square().sum(0))
+                )
+            if targets is not None:
+                with _exact_products(inputs, targets):
+                    self._cross = _plus_product(self._cross, targets.float(), chosen)
+
+    def tokens(self, outputs: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """x_S `(count, k)` and those `outputs` of y `(count, n)` in float32, where the tokens stayed as they are; else None."""
+        import torch
+
+        if not self._tokens:
+            return None
+        inputs, targets = zip(*self._tokens, strict=True)
+        return torch.cat([self._chosen(batch) for batch in inputs]), torch.cat([batch[:, outputs].float() for batch in targets])
+
+    def gram_sum(self, which: slice | torch.Tensor) -> torch.Tensor:
+        """The rows `which` of the sum of x x', or x x_S', over the tokens, float32 `(rows, k)`; of a slice maybe a view."""
+        return self._sum(self._second, which, of_targets=False)
+
+    def cross_sum(self, which: slice | torch.Tensor) -> torch.Tensor:
+        """The rows `which` of the sum of y x', or y x_S', over the tokens, float32 `(rows, k)`; of a slice maybe a view."""
+        return self._sum(self._cross, which, of_targets=True)
+
+    def _sum(self, total: torch.Tensor | None, which: slice | torch.Tensor, *, of_targets: bool) -> torch.Tensor:
+        if not self._tokens:
+            return _present(total)[which]
+        for batch in self._tokens:  # there is no total yet
+            factor = batch[of_targets]
+            with _exact_products(batch[0], factor):
+                total = _plus_product(total, factor[:, which].float(), self._chosen(batch[0]))
+        return total
+
+    def _chosen(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The columns S of a batch, float32 `(tokens, k)`."""
+        return (inputs if self._kept is None else inputs[:, self._kept]).float()
 
     def __add__(self, other: Moments) -> Moments:
         """The moments of both inputs together."""
@@ -45,6 +90,8 @@ class Moments:
             raise ValueError("the moments are of different columns")
         total = Moments(gram=self._full, kept=self._kept)
         total.count = self.count + other.count
+        self.multiply()
+        other.multiply()
         for name in ("_first", "_second", "_cross"):
             mine, its = getattr(self, name), getattr(other, name)
             setattr(total, name, its if mine is None else mine if its is None else mine + its)
@@ -58,11 +105,13 @@ class Moments:
     @property
     def gram(self) -> torch.Tensor:
         """E[x x'], float32 `(columns, columns)`, or E[x x_S'] `(columns, k)`."""
+        self.multiply()
         return self._mean(self._second)
 
     @property
     def cross(self) -> torch.Tensor:
         """E[y x'], float32 `(outputs, columns)`, or E[y x_S'] `(outputs, k)`. Raises ValueError when no targets were added."""
+        self.multiply()
         return self._mean(self._cross)
 
     @property
@@ -70,6 +119,7 @@ class Moments:
         """E[x^2], float32 `(columns,)`. Raises ValueError where only some columns were asked for."""
         if self._full and self._kept is not None:
             raise ValueError("mean squares of all columns were not gathered")
+        self.multiply()
         return self._mean(self._second.diagonal() if self._full and self._second is not None else self._second)
 
     @property
@@ -78,9 +128,7 @@ class Moments:
         return (self.mean_square - self.mean.square()).clamp_min(0)
 
     def _mean(self, total: torch.Tensor | None) -> torch.Tensor:
-        if total is None:
-            raise ValueError("no such input was added to the moments")
-        return total / self.count
+        return _present(total) / self.count
 
 
 def token_scales(*streams: torch.Tensor) -> torch.Tensor:
@@ -104,6 +152,17 @@ def relative_to(scales: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
     return term if total is None else total.add_(term)
+
+
+def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`total` + left' right, where `total` is: a term beside it would be a second Gram matrix, gigabytes for large models."""
+    return left.T @ right if total is None else total.addmm_(left.T, right)
+
+
+def _present(total: torch.Tensor | None) -> torch.Tensor:
+    if total is None:
+        raise ValueError("no such input was added to the moments")
+    return total
 
 
 def _same(kept: torch.Tensor | None, other: torch.Tensor | None) -> bool:

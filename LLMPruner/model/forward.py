@@ -18,8 +18,8 @@ from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import is_removed, output_projection
 from LLMPruner.model.device import deterministic
 from LLMPruner.model.head import Head
-from LLMPruner.model.hidden import BATCH_TOKENS, batches, mapped
-from LLMPruner.model.store import ResidentStore
+from LLMPruner.model.hidden import BATCH_TOKENS, batches, fetch, mapped
+from LLMPruner.model.store import ResidentStore, Store
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -40,9 +40,9 @@ Observer = Callable[[torch.Tensor, Observed], None]  # sees a batch before the s
 class LayerRunner:
     """Runs the layers of a store over batches of windows."""
 
-    def __init__(self, store: ResidentStore, *, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, store: Store, *, batch_tokens: int = BATCH_TOKENS) -> None:
         self.store, self.batch_tokens = store, batch_tokens
-        self.table = store.geometry.table
+        self.table, self.home = store.table, store.home
         self.head = Head(store, batch_tokens=batch_tokens)
 
     @classmethod
@@ -64,10 +64,18 @@ class LayerRunner:
         """Slices over `count` windows, as they go through a layer together."""
         return batches(count, seq_len, self.batch_tokens)
 
+    def passes(self, count: int, seq_len: int) -> list[slice]:
+        """Slices over `count` windows that go through all layers together: those of a batch where the weights are at hand, all
+        where they are read from disk, so that each layer is read once."""
+        return list(self.batches(count, seq_len)) if self.store.resident else [slice(0, count)]
+
     @torch.no_grad()
     def embed(self, windows: torch.Tensor) -> torch.Tensor:
         """Token windows `(n, seq_len)` to the hidden states before layer 0."""
-        return self.store.embed(windows)
+        hidden = self.home.empty((*windows.shape, self.store.geometry.hidden_size), self.store.model.dtype)
+        for part in self.batches(*windows.shape):
+            hidden[part] = self.store.embed(windows[part])
+        return hidden
 
     @torch.no_grad()
     def sublayer(self, index: int, sublayer: Sublayer, hidden: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
@@ -83,7 +91,7 @@ class LayerRunner:
                 observe(batch, seen)
                 return seen.after
 
-            return mapped(hidden, step, self.device, self.batch_tokens)
+            return mapped(hidden, step, self.device, self.batch_tokens, self.home.empty_like)
 
     @torch.no_grad()
     def observed(self, index: int, sublayer: Sublayer, batch: torch.Tensor) -> Observed:
@@ -122,16 +130,27 @@ class LayerRunner:
 
         Calls `visit(layer, (attention, mlp))` for each batch and layer, from the last to the first, with float32 gradients
         `(batch, seq_len, query columns)` and `(batch, seq_len, channels)`. The gradient of a gate is its input times the
-        input's gradient; no weight gradient is ever formed. Memory: one layer's activations, and one hidden state a layer.
+        input's gradient; no weight gradient is ever formed. One forward pass keeps the hidden states before every layer, one
+        backward pass visits the layers in reverse. Memory: one layer's activations, and one hidden state a layer.
         """
         self.store.requires_grad_(False)
-        for batch in self.batches(*windows.shape):
-            hidden = self.prefixes(windows[batch])
-            gradient = self.head.loss_gradient(hidden.pop(), windows[batch])
+        for part in self.passes(*windows.shape):
+            hidden, chosen = self.prefixes(windows[part]), windows[part]
+            gradient = self._loss_gradient(hidden.pop(), chosen)
             for index in reversed(range(self.num_layers)):
-                inputs = hidden.pop().detach().requires_grad_()
-                gates, gradient = self._gates(index, inputs, gradient)
-                visit(index, gates)
+                inputs = hidden.pop()
+                with self.store.layer(index):
+                    for batch in self.batches(*chosen.shape):
+                        before = fetch(inputs, batch, self.device).detach().requires_grad_()
+                        gates, arriving = self._gates(index, before, fetch(gradient, batch, self.device))
+                        gradient[batch] = arriving
+                        visit(index, gates)
+
+    def _loss_gradient(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """d(summed loss)/d(last hidden states), in the place of these."""
+        for batch in self.batches(*windows.shape):
+            hidden[batch] = self.head.loss_gradient(fetch(hidden, batch, self.device), windows[batch])
+        return hidden
 
     def _gates(self, index: int, inputs: torch.Tensor, gradient: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """The gates' gradients of one layer, and that of its inputs, from the one of its outputs."""

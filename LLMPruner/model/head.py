@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from LLMPruner.model.device import deterministic, float64
 from LLMPruner.model.hidden import BATCH_TOKENS, batches, fetch
-from LLMPruner.model.store import ResidentStore
+from LLMPruner.model.store import Store
 
 # float32 logits of one block, whatever the vocabulary (a divergence holds a few such blocks): 256 MB, but 16 MB on CPUs,
 # where larger blocks are mapped and cleared anew every time, which doubles the time
@@ -21,7 +21,7 @@ Chunks = Iterator[tuple[torch.Tensor, torch.Tensor]]
 class Head:
     """The final norm and the language-model head, on last hidden states `(n, seq_len, hidden)`."""
 
-    def __init__(self, store: ResidentStore, *, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, store: Store, *, batch_tokens: int = BATCH_TOKENS) -> None:
         self.store, self.batch_tokens = store, batch_tokens
 
     @torch.no_grad()

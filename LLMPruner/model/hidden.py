@@ -1,16 +1,69 @@
-"""Hidden states of token windows, `(n, seq_len, hidden)`, and how they go through a computation: in batches of windows.
+"""Hidden states of token windows, `(n, seq_len, hidden)`: where they lie, and how they go through a computation in batches.
 
-They may lie on another device than the one that computes: each batch is fetched from where they are, and what is computed
-is put where they were. Nobody else moves them.
+They may lie on another device than the one that computes, or in files: each batch is fetched from where they are, and what is
+computed is put where they were. Nobody else moves them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
+from LLMPruner.errors import RunError
+
 BATCH_TOKENS = 4096  # tokens that go through a layer together
+
+
+class Home:
+    """Where hidden states lie between layers: on a device, and beyond `limit` bytes of them in files of `folder`.
+
+    A file has no name any more once it is open, so that nothing is left of it whatever happens to the process.
+    """
+
+    def __init__(
+        self, device: torch.device, *, pinned: bool = False, limit: int | None = None, folder: Path | None = None
+    ) -> None:
+        self.device, self.pinned, self.limit, self.folder = device, pinned, limit, folder
+        self.held = 0  # bytes in memory
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Room for hidden states. Raises RunError where the disk has none."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self.limit is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        if self.held + size > self.limit:
+            return _in_file(shape, dtype, size, self.folder)
+        room = torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.pinned)
+        self.held += size
+        weakref.finalize(room.untyped_storage(), self._release, size)
+        return room
+
+    def empty_like(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Room for as many more."""
+        return self.empty(hidden.shape, hidden.dtype)
+
+    def _release(self, size: int) -> None:
+        self.held -= size
+
+
+def _in_file(shape: Sequence[int], dtype: torch.dtype, size: int, folder: Path | None) -> torch.Tensor:
+    handle, name = tempfile.mkstemp(prefix="hidden.", dir=folder)
+    try:
+        os.posix_fallocate(handle, 0, size)  # else a full disk would kill the process when a page is written
+        return torch.from_file(name, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+    except OSError as error:
+        raise RunError(
+            f"{Path(name).parent} has no room for {size / 1e9:.1f} GB of hidden states ({error.strerror}): free some space, "
+            "use fewer calibration windows, or raise --hidden_gb"
+        ) from error
+    finally:
+        os.close(handle)
+        Path(name).unlink()
 
 
 def batches(count: int, seq_len: int, batch_tokens: int = BATCH_TOKENS) -> Iterator[slice]:
@@ -22,14 +75,18 @@ def batches(count: int, seq_len: int, batch_tokens: int = BATCH_TOKENS) -> Itera
 
 def fetch(hidden: torch.Tensor, part: slice, device: torch.device) -> torch.Tensor:
     """A batch of `hidden` on the device that computes."""
-    return hidden[part].to(device)
+    return hidden[part].to(device, non_blocking=True)
 
 
 def mapped(
-    hidden: torch.Tensor, step: Callable[[torch.Tensor], torch.Tensor], device: torch.device, batch_tokens: int
+    hidden: torch.Tensor,
+    step: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    batch_tokens: int,
+    empty_like: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
 ) -> torch.Tensor:
     """`step` of every batch of `hidden`, computed on `device`, in one tensor beside `hidden`."""
-    output = torch.empty_like(hidden)
+    output = empty_like(hidden)
     for part in batches(*hidden.shape[:2], batch_tokens):
         output[part] = step(fetch(hidden, part, device))
     return output

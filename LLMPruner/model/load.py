@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from LLMPruner.errors import RunError, UsageError, one_line
 from LLMPruner.families.family import rope_settings
-from LLMPruner.model.checkpoint import load_checkpoint, save_checkpoint
+from LLMPruner.model.checkpoint import save_checkpoint
 from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
 from LLMPruner.model.size import count_parameters
-from LLMPruner.model.source import ModelSource, weight_files, with_weights
+from LLMPruner.model.source import ModelSource, with_weights
+from LLMPruner.model.tensors import StoredTensors
 from LLMPruner.model.tokenizer import load_tokenizer, quiet_transformers, tokenizer_files
-from LLMPruner.model.weights import passed_over
 from LLMPruner.plan import Geometry, PruningPlan
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from LLMPruner.model.fit import Streaming
     from LLMPruner.model.forward import LayerRunner
-    from LLMPruner.model.store import ResidentStore
+    from LLMPruner.model.store import Store
+    from LLMPruner.model.streamed import StreamedStore
 
 logger = logging.getLogger("LLMPruner")
 
@@ -38,19 +40,20 @@ FOREIGN += ("attn_implementation", "_attn_implementation", "text_config", "retur
 
 @dataclass
 class LoadedModel:
-    """A model in memory with what it needs to be saved again."""
+    """A model with what it needs to be saved again; the weights of a streamed one are in its store alone."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: PruningPlan
     provenance: dict[str, Any]
+    streamed: StreamedStore | None = None
 
     @cached_property
-    def store(self) -> ResidentStore:
+    def store(self) -> Store:
         """The model's weights, as what prunes, measures and writes them asks for them."""
         from LLMPruner.model.store import ResidentStore
 
-        return ResidentStore(self.model)
+        return self.streamed or ResidentStore(self.model)
 
     @cached_property
     def runner(self) -> LayerRunner:
@@ -61,60 +64,52 @@ class LoadedModel:
 
 
 def load_model(
-    source: ModelSource, *, dtype: str = "auto", device: str = "auto", tokenizer: PreTrainedTokenizerBase | None = None
+    source: ModelSource,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stream: Streaming | None = None,
 ) -> LoadedModel:
-    """Load weights (and the tokenizer, unless given), in eval mode, on `device`.
+    """Load weights (and the tokenizer, unless given), in eval mode, on `device`; with `stream` they stay on disk.
 
     Raises RunError when the weights do not fit the config or, for our `.bin`, the plan.
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
-    logger.info("loading %s as %s on %s", source.path, dtype_name(precision), place)
-    source = with_weights(source)
+    how = "loading" if stream is None else "streaming"
+    logger.info("%s %s as %s on %s", how, source.path, dtype_name(precision), place)
+    source, store = with_weights(source), None
     with quiet_transformers():
         model = empty_model(source)
-        model = assign_weights(model, open_tensors(source), precision).to(place)
+        if stream is None:
+            model = assign_weights(model, StoredTensors(source).items(), precision).to(place)
+        else:
+            store = _streamed(model, source, precision, place, stream)
     count = count_parameters(model)
     if count != source.plan.total_params:
         raise RunError(f"{source.path} has {count:,} parameters where its config says {source.plan.total_params:,}")
-    logger.info("loaded %s parameters", f"{count:,}")
+    logger.info("%s %s parameters", "loaded" if stream is None else "streams", f"{count:,}")
     if "__provenance__" in source.meta:
         provenance = source.provenance
     else:
         provenance = {"base_model": str(source.path), "dense_parameters": count}
-    return LoadedModel(model, tokenizer or load_tokenizer(source), source.plan, provenance)
+    return LoadedModel(model, tokenizer or load_tokenizer(source), source.plan, provenance, store)
 
 
-def open_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """The named tensors of a model one by one, without a tied head, without the zeros that stand for removed sublayers, and
-    without old rotary tables. Raises RunError when a file is unreadable."""
-    needless = passed_over(source.plan)
-    for name, tensor in {"bin": _bin_tensors, "gguf": _gguf_tensors, "hf": _directory_tensors}[source.kind](source):
-        if not needless(name):
-            yield name, tensor
+def _streamed(
+    model: PreTrainedModel, source: ModelSource, dtype: torch.dtype, device: torch.device, stream: Streaming
+) -> StreamedStore:
+    """The store of an empty model, whose parameters then say in what precision it computes."""
+    from LLMPruner.model.finished import FinishedLayers
+    from LLMPruner.model.streamed import StreamedStore
 
-
-def _bin_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from load_checkpoint(source.path)[0].items()
-
-
-def _gguf_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    import torch
-
-    for name, value in source.gguf.values(source.plan):
-        yield name, torch.from_numpy(value)
-
-
-def _directory_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    for path in weight_files(source):
-        try:
-            with safe_open(path, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                    yield name, handle.get_tensor(name)
-        except SafetensorError as error:
-            raise RunError(f"{path} is damaged and cannot be read: {error}") from error
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.tie_weights()
+    model.config.dtype = dtype
+    finished = FinishedLayers(stream.folder)
+    return StreamedStore(model.eval(), StoredTensors(source), device, finished, limit=stream.limit)
 
 
 def _untied(tied: bool, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

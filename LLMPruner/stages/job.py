@@ -27,11 +27,12 @@ from LLMPruner.importance.layer_analyzer import LayerImportance
 from LLMPruner.importance.search.state import STATE_FORMAT, SearchState
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model.device import resolve_device
+from LLMPruner.model.fit import Streaming, streaming
 from LLMPruner.model.size import checkpoint_bytes, export_bytes
 from LLMPruner.model.source import ModelSource, check_seq_len
+from LLMPruner.stages.journal import FREE, SEARCH_FILE, open_journal
 
 MODEL_FILE, FINETUNED_FILE = "pytorch_model.bin", "pytorch_model_finetuned.bin"  # of an experiment
-SEARCH_FILE = "search_state.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class PruneJob:
     test_original: bool = False
     test_pruned: bool = False
     dry_run: bool = False
+    resume: bool = False
 
     @property
     def measures(self) -> bool:
@@ -86,6 +88,21 @@ class PruneJob:
     def sized(self) -> PruneJob:
         """The job with the settings that depend on its device."""
         return replace(self, prune=self.prune.sized(resolve_device(self.common.device).type))
+
+    def streaming(self, folder: Path) -> Streaming | None:
+        """How the weights stay on disk, changed ones in `folder`; None where they are loaded."""
+        return streaming(self.source, self.common, folder, able=not self.unstreamable)
+
+    @property
+    def unstreamable(self) -> str | None:
+        """What of the job needs all weights at once; None where nothing does."""
+        wanted = {
+            "--pruning_strategy search": self.prune.pruning_strategy == "search",
+            "--self_samples": self.writes,
+            "--distill_model_epochs": self.prune.distill_model_epochs > 0 and REPAIRS[self.prune.repair] is not None,
+            "--finetune": self.finetune is not None,
+        }
+        return next((flag for flag, so in wanted.items() if so), None)
 
     def windows(self, tokenizer: Any) -> PruneWindows:
         """The token windows of every stage."""
@@ -132,6 +149,11 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
     if job.source.is_pruned:
         raise UsageError(f"{job.source.path} is pruned already: prune the dense model it came from with a larger ratio")
     _check_lengths(job)
+    if job.common.stream == "on" and job.unstreamable:
+        raise UsageError(
+            f"{job.unstreamable} needs all weights in memory at once: run without it, or without --stream on"
+            + (", and fine-tune afterwards with test_finetuning.py" if job.unstreamable == "--finetune" else "")
+        )
     if not job.dry_run:
         check_export_places(job.export, folder, job.source.path)
         _check_not_overwritten(job.source, folder, (MODEL_FILE, FINETUNED_FILE), "--save_ckpt_log_name")
@@ -140,8 +162,10 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
                 f"{folder / MODEL_FILE} would no longer fit the plan beside it: choose another name, or save this model too"
             )
     budget = make_budget(geometry, config)
-    if config.resume:
-        SearchState.load(folder / SEARCH_FILE, search_key(job.sized()), budget.sublayers)
+    if job.resume:
+        done = open_journal(job, folder).done
+        if config.pruning_strategy == "search" and not {"plan", "finished"} & done.keys():
+            load_search(job, folder, budget)
     importance = None
     if config.layer_importance_file is not None:
         file = Path(config.layer_importance_file)
@@ -194,12 +218,20 @@ def check_export_places(export: ExportConfig, folder: Path, source: Path) -> Non
         check_beside(folder / EXPORT_FORMATS["gguf"])
 
 
+def load_search(job: PruneJob, folder: Path, budget: Budget) -> SearchState:
+    """The state of the search that `folder` holds, or of one that has not begun. Raises UsageError for that of another one."""
+    path = folder / SEARCH_FILE
+    if not (job.resume and path.is_file()):
+        return SearchState()
+    return SearchState.load(path, search_key(job.sized()), budget.sublayers)
+
+
 def search_key(job: PruneJob) -> dict[str, Any]:
     """What a search's result depends on: an interrupted one is continued only under the same."""
     repair = ("repair_samples", "self_samples", "distill_epochs", "distill_model_epochs")
-    free = ("resume", "search_minutes", "search_generations", "layer_importance_file", *repair)
-    settings = {name: value for name, value in asdict(job.prune).items() if name not in free}
-    return {"format": STATE_FORMAT, "model": job.source.fingerprint(), **asdict(job.common), **settings}
+    free = ("search_minutes", "search_generations", "layer_importance_file", *repair, *FREE)
+    settings = {name: value for name, value in (asdict(job.common) | asdict(job.prune)).items() if name not in free}
+    return {"format": STATE_FORMAT, "model": job.source.fingerprint(), **settings}
 
 
 def _is_export(place: Path, form: str) -> bool:

@@ -88,6 +88,13 @@ def apply(runner: LayerRunner, plan: PruningPlan, text: torch.Tensor | None, con
     apply_plan(runner, plan, repair=config.repair, windows=text, seed=common.seed, **distillation)
 
 
+def keep_layers(runner: LayerRunner) -> None:
+    """Keep all layers on disk, where the run keeps its finished ones."""
+    from LLMPruner.methods.apply import keep_layers as keep
+
+    keep(runner)
+
+
 def measure(
     run: Run, loaded: LoadedModel, windows: dict[str, torch.Tensor], label: str, split: str = "test"
 ) -> list[Perplexity]:
@@ -95,7 +102,7 @@ def measure(
     from LLMPruner.evaluator.ppl import measure as measure_ppl
 
     with run.stage(f"evaluate {label}") as record:
-        results = measure_ppl(loaded.model, windows, label, split)
+        results = measure_ppl(loaded.runner, windows, label, split)
         record["ppl"] = [result.as_dict() for result in results]
     return results
 

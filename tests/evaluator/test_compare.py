@@ -17,6 +17,7 @@ from LLMPruner.errors import UsageError
 from LLMPruner.evaluator import ppl
 from LLMPruner.evaluator.compare import compare, measure_costs, measure_model, shared_windows
 from LLMPruner.evaluator.ppl import measure
+from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import load_model, load_tokenizer, save_model
 from LLMPruner.model.source import find_model
 
@@ -82,7 +83,7 @@ def test_the_record_holds_every_measurement_and_where_it_was_made(sources, commo
     for role, source in sources.items():
         row, model = record["models"][role], load_model(source, dtype="float32", device="cpu").model
         assert row["path"] == str(source.path) and row["parameters"] == source.plan.total_params
-        assert row["ppl"] == {result.corpus: result.as_dict() for result in measure(model, windows, role)}
+        assert row["ppl"] == {result.corpus: result.as_dict() for result in measure(LayerRunner.of(model), windows, role)}
         assert f"{row['ppl']['ptb']['ppl']:.2f}" in table
     assert "PPL comparison" in table
 
@@ -93,7 +94,7 @@ def test_a_measured_model_is_what_the_plain_functions_measure(sources, common):
             sources, {"pruned": load_tokenizer(sources["pruned"])}, EvalConfig(("ptb",), 64, 3), common.data_dir
         )["ptb"]
     }
-    own = measure(load_model(sources["pruned"], dtype="float32", device="cpu").model, windows, "pruned")
+    own = measure(load_model(sources["pruned"], dtype="float32", device="cpu").runner, windows, "pruned")
     assert measure_model(sources["pruned"], load_tokenizer(sources["pruned"]), windows, "pruned", common) == own
 
 

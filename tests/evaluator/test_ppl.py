@@ -10,8 +10,7 @@ import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
 
-from LLMPruner.evaluator import ppl
-from LLMPruner.evaluator.ppl import Perplexity, measure, perplexity
+from LLMPruner.evaluator.ppl import Perplexity, measure, perplexity, perplexity_of
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.plan import LayerPlan
@@ -37,18 +36,17 @@ def test_perplexity_is_that_of_a_plain_loop_dense_and_pruned(changes):
     assert perplexity(model, WINDOWS) == pytest.approx(reference(model, WINDOWS), rel=1e-5)
 
 
-def test_how_many_windows_go_together_does_not_count(monkeypatch):
+def test_how_many_windows_go_together_does_not_count():
     model, expected = tiny_model(), reference(tiny_model(), WINDOWS)
     for tokens in (1, 25, 1 << 14):
-        monkeypatch.setattr(ppl, "CACHED_TOKENS", tokens)
-        assert perplexity(model, WINDOWS) == pytest.approx(expected, rel=1e-5)
+        assert perplexity_of(LayerRunner.of(model, batch_tokens=tokens), WINDOWS) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_a_number_is_nan_and_null_in_json(value):
     model = tiny_model()
     model.model.norm.weight.data[0] = value
-    (result,) = measure(model, {"ptb": WINDOWS}, "broken")
+    (result,) = measure(LayerRunner.of(model), {"ptb": WINDOWS}, "broken")
     assert math.isnan(result.ppl)
     assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["ppl"] is None
 
@@ -63,12 +61,12 @@ def test_a_loss_beyond_what_a_float_can_say_is_infinite_and_null_in_json():
 def test_the_record_says_what_was_measured_and_the_log_has_a_line_for_each_corpus(caplog):
     model, windows = tiny_model(), {"ptb": WINDOWS, "wikitext2": random_windows(2, 30, seed=1)}
     with caplog.at_level(logging.INFO, "LLMPruner"):
-        results = measure(model, windows, "pruned", "validation")
+        results = measure(LayerRunner.of(model), windows, "pruned", "validation")
     assert results == [
         Perplexity("ptb", "validation", 11, 6, 60, perplexity(model, WINDOWS)),
         Perplexity("wikitext2", "validation", 30, 2, 58, perplexity(model, windows["wikitext2"])),
     ]
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("PPL pruned on ")]
     assert lines[0] == f"PPL pruned on ptb validation: {results[0].ppl:.4f} (6 windows of 11 tokens)" and len(lines) == 2
-    assert measure(model, {"ptb": WINDOWS}, "pruned")[0].split == "test"
+    assert measure(LayerRunner.of(model), {"ptb": WINDOWS}, "pruned")[0].split == "test"
     assert results[0].as_dict()["ppl"] == results[0].ppl

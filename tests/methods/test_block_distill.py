@@ -13,7 +13,7 @@ from LLMPruner.data.windows import load_windows
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.methods import apply, block_distill
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.methods.block_distill import FLOOR, _log_distances, distill_block
+from LLMPruner.methods.block_distill import FLOOR, _log_distances, distill_block, training_order
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import find_model
@@ -52,8 +52,8 @@ def taught(dtype=torch.float32, trainable=True, layers=MIDDLE, **changes):
 def distilled(runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0, layers=MIDDLE, **options):
     held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
     held_out[held - 1 :: held] = True
-    generator = torch.Generator().manual_seed(seed)
-    return distill_block(runner, layers, inputs, outputs, targets, held_out, epochs=epochs, generator=generator, **options)
+    order = training_order(held_out, epochs, torch.Generator().manual_seed(seed))
+    return distill_block(runner, layers, inputs, outputs, targets, held_out, order=order, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -161,8 +161,8 @@ def test_of_windows_held_out_in_part_only_the_rest_teaches():
         held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
         held_out[:, 12:] = True
         targets[held_out] *= change
-        generator = torch.Generator().manual_seed(0)
-        distill_block(runner, range(1, 3), inputs, outputs, targets, held_out, epochs=4, generator=generator)
+        order = training_order(held_out, 4, torch.Generator().manual_seed(0))
+        distill_block(runner, range(1, 3), inputs, outputs, targets, held_out, order=order)
         weights.append(layer_of(runner, 2).mlp.down_proj.weight)
     assert torch.equal(*weights) and not torch.equal(weights[0], layer_of(taught()[0], 2).mlp.down_proj.weight)
 
@@ -304,7 +304,8 @@ def test_the_whole_model_is_distilled_last_on_its_own_windows(monkeypatch, epoch
             assert torch.equal(inputs, runner.embed(CALIBRATION))
             torch.testing.assert_close(outputs, runner.layers(inputs))
             torch.testing.assert_close(targets, dense.layers(dense.embed(CALIBRATION)))
-        seen.append((layers, options["epochs"], options.get("outputs_only", False)))
+        fitted = (~held_out).any(1).sum()
+        seen.append((layers, len(options["order"]) // fitted, options.get("outputs_only", False)))
         return distill_block(runner, layers, inputs, outputs, targets, held_out, **options)
 
     monkeypatch.setattr(apply, "BLOCK", 2)

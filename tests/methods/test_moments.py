@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from LLMPruner.methods.moments import Moments, relative_to, token_scales
 
@@ -54,6 +55,52 @@ def test_the_sum_of_two_is_what_both_inputs_together_give_and_leaves_them_as_the
     torch.testing.assert_close(total.gram, gathered().gram)
     torch.testing.assert_close(total.cross, gathered().cross)
     assert torch.equal(first.gram, before) and first.count == 10
+
+
+@pytest.mark.parametrize("kept", [None, torch.tensor([0, 3, 4, 6, 8])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_stay_as_they_are_while_they_are_fewer_than_the_columns_and_give_the_same_sums(kept, dtype):
+    width, which = 9 if kept is None else len(kept), torch.tensor([1, 4])
+    moments, rows = Moments(kept=kept), ROWS.to(dtype)
+    for place in range(width - 1):
+        moments.add(rows[place : place + 1], targets=TARGETS[place : place + 1])
+    inputs, targets = moments.tokens(slice(3, None))
+    chosen = rows[: width - 1].float() if kept is None else rows[: width - 1, kept].float()
+    assert torch.equal(inputs, chosen) and torch.equal(targets, TARGETS[: width - 1, 3:])
+    early = [read(part) for read in (moments.gram_sum, moments.cross_sum) for part in (which, slice(2, 5))]
+    assert moments.tokens(slice(None)) is not None, "reading sums multiplies nothing for good"
+    torch.testing.assert_close(early[0], rows[: width - 1].float().T[which] @ chosen)
+    torch.testing.assert_close(early[3], TARGETS[: width - 1].T[2:5] @ chosen)
+    moments.multiply()
+    late = [read(part) for read in (moments.gram_sum, moments.cross_sum) for part in (which, slice(2, 5))]
+    torch.testing.assert_close(early, late)
+    moments.add(rows[width - 1 :], targets=TARGETS[width - 1 :])
+    assert moments.tokens(slice(None)) is None
+    torch.testing.assert_close(
+        moments.gram, gathered(kept=kept).gram, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2
+    )
+
+
+class Fresh(TorchDispatchMode):
+    """How many elements each tensor has whose memory is new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.sizes.append(result.numel())
+        return result
+
+
+def test_a_batch_is_added_where_the_sums_are_without_a_second_matrix_of_their_size():
+    moments = gathered(40)
+    with Fresh() as fresh:
+        moments.add(ROWS[:5], targets=TARGETS[:5])
+    assert fresh.sizes and max(fresh.sizes) < 5 * 9 < moments.gram.numel()
 
 
 def test_statistics_are_float32_whatever_the_inputs():

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from LLMPruner.methods import repair as module
 from LLMPruner.methods.moments import Moments
 from LLMPruner.methods.repair import Evidence, bias, least_squares, output_error, solve_own
 
@@ -182,6 +184,85 @@ def test_drift_is_undone_where_the_inputs_tell_of_it_and_left_alone_where_they_d
     gram[:, drifting.kept] = (drifting.fit + drifting.held_out).gram
     own = solve_own(drifting.weight, gram, drifting.kept).float()
     assert distance(drifting, least_squares(drifting).weight) < distance(drifting, own)
+
+
+def wide(seed: int, held_out: int) -> Evidence:
+    """64 columns, 24 of them kept, with inputs that drifted, 8 outputs and so many held-out tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing, weight, kept = (torch.randn(shape, generator=generator) for shape in ((64, 64), (8, 64), (64,)))
+    kept, parts = kept.topk(24).indices.sort().values, []
+    for tokens in (200, held_out):
+        dense = torch.randn(tokens, 64, generator=generator) @ mixing
+        drift = torch.randn(tokens, 64, generator=generator)
+        moments, answer = Moments(kept=kept), dense @ weight.T
+        moments.add(dense + drift, targets=torch.cat([answer, answer - drift @ weight.T + dense[:, :8]], 1))
+        parts.append(moments)
+    return Evidence(weight, kept, *parts)
+
+
+def written_out(found: Evidence) -> tuple[str, torch.Tensor]:
+    """The definition in float64: every candidate's weights, its distance, and the best one on all windows."""
+    weight, kept, hidden = found.weight.double(), found.kept, len(found.weight)
+    gram, drift = found.held_out.gram[kept].double(), found.held_out.cross[hidden:].double()
+
+    def solved(moments: Moments, ridge: float) -> list[torch.Tensor]:
+        system = moments.gram[kept].double()
+        mu = ridge * system.diagonal().mean()
+        targets = [weight @ moments.gram.double(), *moments.cross.double().split(hidden)]
+        return [(target + mu * weight[:, kept]) @ torch.linalg.inv(system + mu * torch.eye(len(kept))) for target in targets]
+
+    best = (math.inf,)
+    for ridge in module.RIDGES:
+        own, *others = solved(found.fit, ridge)
+        for place, name in enumerate(("dense", "drift")):
+            step = others[place] - own
+            share = (-((own @ gram - drift) * step).sum() / ((step @ gram) * step).sum()).clamp(0, 1).item()
+            healed = own + share * step
+            distance = ((healed @ gram - 2 * drift) * healed).sum().item()
+            best = min(best, (distance, name if share else "own", share, ridge, place))
+    _, name, share, ridge, place = best
+    own, *others = solved(found.fit + found.held_out, ridge)
+    return f"{name} {share:.2f} ridge {ridge:g}", own + share * (others[place] - own)
+
+
+@pytest.mark.parametrize("block", [7, 1024])
+@pytest.mark.parametrize("held_out", [5, 23, 24, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_what_its_definition_says_whether_the_held_out_tokens_are_fewer_than_the_columns_or_not(
+    monkeypatch, seed, held_out, block
+):
+    monkeypatch.setattr(module, "BLOCK", block)
+    healed, (choice, weight) = least_squares(wide(seed, held_out)), written_out(wide(seed, held_out))
+    assert healed.choice == choice
+    torch.testing.assert_close(healed.weight, weight.float(), rtol=1e-4, atol=1e-5)
+
+
+class Sizes(TorchDispatchMode):
+    """How many bytes each tensor has that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)}
+        given |= {value.untyped_storage().data_ptr() for value in (kwargs or {}).values() if isinstance(value, torch.Tensor)}
+        for made in result if isinstance(result, tuple) else [result]:
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.bytes.append(made.numel() * made.element_size())
+        return result
+
+
+@pytest.mark.parametrize("held_out", [23, 200])
+def test_no_memory_is_larger_than_the_one_system_that_is_solved(monkeypatch, held_out):
+    """The Gram matrices of all dense columns are neither copied, nor converted, nor summed as a whole."""
+    monkeypatch.setattr(module, "BLOCK", 4)
+    found = wide(0, held_out)
+    with Sizes() as sizes:
+        assert least_squares(found).choice != "none"
+    system = 24 * 24 * 8  # bytes
+    assert max(sizes.bytes) == system and sizes.bytes.count(system) == 1
 
 
 def test_noise_from_too_few_tokens_is_not_fitted():

@@ -234,7 +234,7 @@ def test_a_broken_weight_file_is_damage(model_dir, content):
     ],
 )
 def test_a_config_that_is_none_is_one_sentence_before_weights_are_read(model_dir, changes, complaint, monkeypatch):
-    monkeypatch.setattr("LLMPruner.model.load.open_tensors", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("LLMPruner.model.load.StoredTensors", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(UsageError, match=complaint) as error:
         loaded(with_config(model_dir(), **changes))
     assert "\n" not in str(error.value)

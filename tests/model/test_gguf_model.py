@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from conftest import SIZES, random_windows, stock_model
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +23,7 @@ from transformers import (
 
 from LLMPruner.errors import DamagedError, UsageError
 from LLMPruner.families.gguf import tensor_name
+from LLMPruner.model.gguf import dequantized, open_gguf
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import find_model, weight_files
 
@@ -117,6 +119,99 @@ def test_quantized_weights_are_the_library_s_dequantized_ones(tmp_path):
     wanted = dequantize(quantize(weight.numpy(), kind), kind)
     assert numpy.array_equal(own["model.layers.2.mlp.gate_proj.weight"].numpy(), wanted)
     assert not numpy.array_equal(weight.numpy(), wanted)
+
+
+def known_kinds() -> list[GGMLQuantizationType]:
+    """The types of raw blocks that the package dequantizes."""
+    known = []
+    for kind, (_, size) in GGML_QUANT_SIZES.items():
+        try:
+            dequantize(numpy.zeros((1, size), dtype=numpy.uint8), kind)
+        except NotImplementedError:
+            continue
+        known.append(kind)
+    return [kind for kind in known if kind.name not in ("F32", "F16")]
+
+
+@pytest.mark.parametrize("kind", known_kinds(), ids=lambda kind: kind.name)
+def test_values_are_bit_by_bit_those_of_the_library_for_each_type(kind):
+    """Also where the last chunk is shorter than the others, and rows are no multiple of anything."""
+    block, size = GGML_QUANT_SIZES[kind]
+    raw = numpy.random.default_rng(0).integers(0, 256, (37, 20_480 // block // 3 * size), dtype=numpy.uint8) & 0xBF
+    # 0xBF: no scale is infinite, as the bits of a NaN are nobody's promise.
+    wanted, found = dequantize(raw, kind), dequantized(raw, kind)
+    assert found.dtype == numpy.float32 and found.size > 1 << 17
+    assert numpy.array_equal(found.reshape(wanted.shape).view(numpy.uint32), wanted.view(numpy.uint32))
+
+
+@each_family
+def test_one_tensor_is_read_alone_and_in_any_order(tmp_path, name):
+    source, wanted = find_model(str(write(tmp_path / "model.gguf", name)), FLAG), state(stock(name))
+    model = source.gguf
+    assert sorted(model.names(source.plan)) == sorted(wanted) == sorted(found for found, _ in model.values(source.plan))
+    for key in reversed(model.names(source.plan)):
+        assert numpy.array_equal(model.value(key, source.geometry), wanted[key].numpy()), key
+    with pytest.raises(KeyError):
+        model.value("model.layers.99.mlp.up_proj.weight", source.geometry)
+
+
+def test_no_more_than_a_tensor_at_a_time_is_in_memory(tmp_path):
+    source = find_model(str(write(tmp_path / "model.gguf", "llama", kind="Q8_0")), FLAG)
+    sizes = [value.nbytes for _, value in source.gguf.values(source.plan)]
+    tracemalloc.start()
+    for _, value in source.gguf.values(source.plan):
+        del value
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * max(sizes) < sum(sizes)
+
+
+def header(path: Path, arrays: dict[str, list]) -> Path:
+    """A GGUF of nothing but these arrays."""
+    writer = GGUFWriter(path, "llama")
+    for key, value in arrays.items():
+        writer.add_array(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+ARRAYS = {
+    "x.numbers": [1, -2, 3],
+    "x.fractions": [0.5, 2**-40],
+    "x.flags": [True, False, True],
+    "x.nested": [["a", "bc"], ["d"]],
+    "x.one": ["alone"],
+    "x.texts": ["", "é", " a b ", "\0", "東京", "x" * 300],
+}
+
+
+def test_arrays_are_read_as_the_library_reads_them(tmp_path):
+    for path in (header(tmp_path / "arrays.gguf", ARRAYS), write(tmp_path / "model.gguf", "llama")):
+        own, theirs = open_gguf(path).shards[0], GGUFReader(path)
+        assert list(own.fields) == list(theirs.fields) and len(own.fields) > len(ARRAYS)
+        for name, field in theirs.fields.items():
+            found = own.fields[name]
+            assert (found.contents(), found.types, found.offset) == (field.contents(), field.types, field.offset), name
+
+
+@pytest.mark.parametrize("last", [name for name in ARRAYS if name != "x.nested"])
+def test_a_file_that_ends_within_an_array_is_damage(tmp_path, last):
+    path = header(tmp_path / "whole.gguf", {last: ARRAYS[last]})
+    whole, cut = path.read_bytes(), tmp_path / "cut.gguf"
+    assert open_gguf(path).fields[last] == ARRAYS[last]
+    for length in range(whole.index(last.encode()), len(whole)):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(DamagedError, match="is not a readable GGUF file"):
+            open_gguf(cut)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_numbers_in_the_byte_order_of_another_machine_are_refused(tmp_path, kind):
+    path = write(tmp_path / "model.gguf", "qwen2", kind=kind, endianess=GGUFEndian.BIG)
+    with pytest.raises(DamagedError, match="in the byte order of another machine"):
+        find_model(str(path), FLAG)
 
 
 def test_weights_are_the_models_own_and_not_the_files(tmp_path):

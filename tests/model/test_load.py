@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from LLMPruner.errors import DamagedError, RunError
 from LLMPruner.model.checkpoint import load_checkpoint
-from LLMPruner.model.load import LoadedModel, assign_weights, build_empty, load_model, open_tensors, save_model
+from LLMPruner.model.load import LoadedModel, assign_weights, build_empty, load_model, save_model
 from LLMPruner.model.size import count_parameters
 from LLMPruner.model.source import find_model
+from LLMPruner.model.tensors import StoredTensors
 from LLMPruner.plan import PruningPlan
 
 FLAG = "--base_model"
@@ -64,13 +65,13 @@ def test_a_tied_head_is_stored_once_and_tied_again(pruned_bin, model_dir):
     assert "lm_head.weight" not in load_checkpoint(path)[0]
     model = load_model(find_model(str(path), FLAG), dtype="float32", device="cpu").model
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    names = [name for name, _ in open_tensors(find_model(str(model_dir(tie_word_embeddings=True)), FLAG))]
+    names = [name for name, _ in StoredTensors(find_model(str(model_dir(tie_word_embeddings=True)), FLAG)).items()]
     assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
 
 
 @each_architecture
 def test_open_tensors_lists_every_weight_once(model_dir, changes):
-    tensors = dict(open_tensors(find_model(str(model_dir(**changes)), FLAG)))
+    tensors = dict(StoredTensors(find_model(str(model_dir(**changes)), FLAG)))
     assert sum(tensor.numel() for tensor in tensors.values()) == count_parameters(tiny_model(**changes))
 
 
@@ -93,7 +94,7 @@ def test_truncated_weights_are_refused(model_dir):
     with pytest.raises(DamagedError, match="is damaged"):
         find_model(str(folder), FLAG, faulty=True)
     with pytest.raises(RunError, match="damaged"):
-        list(open_tensors(source))  # what happens to a file after it was inspected
+        list(StoredTensors(source).items())  # what happens to a file after it was inspected
 
 
 def test_a_bin_whose_weights_do_not_fit_its_plan_is_refused(pruned_bin, tokenizer, tmp_path):

@@ -131,7 +131,7 @@ def test_scores_of_this_model_come_back_and_those_of_another_are_refused(job):
         ({"prune": replace(PRUNE, calibration_dataset="nothere")}, "unknown corpus"),
         ({"evaluation": EvalConfig(("nothere",), 64), "test_original": True}, "unknown corpus"),
         ({"finetune": replace(FINETUNE, dataset="nothere")}, "unknown corpus"),
-        ({"prune": replace(SEARCH, resume=True)}, "--resume"),
+        ({"prune": SEARCH, "resume": True}, "--resume"),
         ({"prune": replace(PRUNE, layer_importance_file="none.json")}, "does not exist"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_checkpoint_is_not_left_beside_a_plan_that_it_does_not_follow(job):
 
 
 def test_a_state_of_other_settings_is_refused(job):
-    asked = replace(job, prune=replace(SEARCH, resume=True))
+    asked = replace(job, prune=SEARCH, resume=True)
     Path("exp").mkdir()
     SearchState().save(Path("exp", SEARCH_FILE), search_key(asked.sized()))
     check_prune(asked, Path("exp"))
@@ -202,7 +202,6 @@ OTHERS = {
     "search_generations": (9, True),
     "search_tokens": (64, False),
     "search_minutes": (3.0, True),
-    "resume": (True, True),
     "allow_sublayer_removal": (True, False),
     "importance": ("obs", False),
     "repair": ("bias", False),

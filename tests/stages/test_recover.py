@@ -14,6 +14,7 @@ from LLMPruner.config import CommonConfig, EvalConfig, ExportConfig, FinetuneCon
 from LLMPruner.data.windows import evaluation_windows, training_windows
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.ppl import measure
+from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import LoadedModel, load_model, save_model
 from LLMPruner.model.source import find_model
 from LLMPruner.run import Run
@@ -58,9 +59,9 @@ def test_a_recovery_is_its_stages_called_by_hand(pruned, common, method):
         training_windows(pruned.tokenizer, config, common),
         evaluation_windows(pruned.tokenizer, evaluation, common.data_dir),
     )
-    before = measure(pruned.model, tested, "before")
+    before = measure(LayerRunner.of(pruned.model), tested, "before")
     record = finetune(pruned, config, windows, seed=common.seed)
-    after = measure(pruned.model, tested, "after")
+    after = measure(LayerRunner.of(pruned.model), tested, "after")
     assert logits(tuned.model).equal(logits(pruned.model)) and tuned.plan == source.plan
     saved = json.loads(Path("prune_log/exp/metrics.json").read_text())
     assert saved["ppl"] == {"before": [before[0].as_dict()], "after": [after[0].as_dict()]}

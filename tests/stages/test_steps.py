@@ -11,6 +11,7 @@ from conftest import half_pruned, random_windows
 
 from LLMPruner.config import ExportConfig
 from LLMPruner.evaluator.ppl import measure
+from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import LoadedModel, load_model
 from LLMPruner.model.source import find_model
 from LLMPruner.run import Run
@@ -32,7 +33,7 @@ def run(tmp_path):
 def test_a_measurement_is_a_stage_with_its_perplexities(loaded, run):
     windows = {"ptb": random_windows(3, 9), "wikitext2": random_windows(2, 9)}
     results = steps.measure(run, loaded, windows, "pruned")
-    assert results == measure(loaded.model, windows, "pruned")
+    assert results == measure(LayerRunner.of(loaded.model), windows, "pruned")
     (stage,) = run.stages
     assert stage["stage"] == "evaluate pruned" and stage["ppl"] == [result.as_dict() for result in results]
 
@@ -47,7 +48,9 @@ def test_what_is_saved_is_the_model(loaded, run):
 
 
 def test_an_export_has_the_runs_perplexity_on_its_card_and_is_on_its_record(loaded, run):
-    run.metrics["ppl"] = {"pruned": [result.as_dict() for result in measure(loaded.model, {"ptb": random_windows(3, 9)}, "")]}
+    run.metrics["ppl"] = {
+        "pruned": [result.as_dict() for result in measure(LayerRunner.of(loaded.model), {"ptb": random_windows(3, 9)}, "")]
+    }
     steps.export(run, loaded, ExportConfig(("hf", "padded")), "metrics_finetune.json")
     assert f"| {run.metrics['ppl']['pruned'][0]['ppl']:.2f} |" in (run.dir / "hf" / "README.md").read_text()
     assert (run.dir / "padded").is_dir()

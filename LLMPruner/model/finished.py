@@ -1,0 +1,71 @@
+"""Layers that are done, each in a safetensors file of its own: the home of streamed layers, and where a dead run goes on.
+
+An index says which file holds a layer and what was done to it. Files are written under new names, the index is replaced, and
+only then do the old files go: whenever the process dies, the index names whole layers of one state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from LLMPruner.errors import RunError
+from LLMPruner.files import write_atomically, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+INDEX = "layers.json"
+
+
+class FinishedLayers:
+    """Finished layers in `folder`, by index: file and state, one word for what was done to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._entries: dict[int, dict[str, str]] = {}
+        if (folder / INDEX).is_file():
+            entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            self._entries = {int(index): entry for index, entry in entries.items()}
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._entries
+
+    def state(self, index: int) -> str | None:
+        """What was done to a layer; None where it is not finished."""
+        return self._entries.get(index, {}).get("state")
+
+    def write(self, layers: Mapping[int, nn.Module], state: str) -> None:
+        """Keep the layers, all or, where the process dies, none of them."""
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        entries, replaced = dict(self._entries), []
+        for index, layer in layers.items():
+            name = f"layer_{index:03d}.safetensors"
+            if entries.get(index, {}).get("file") == name:
+                name = f"layer_{index:03d}_2.safetensors"
+            replaced += [entries[index]["file"]] if index in entries else []
+            tensors = {key: value.detach().contiguous() for key, value in layer.state_dict().items()}
+            write_atomically(self.folder / name, lambda path, tensors=tensors: save_file(tensors, path))
+            entries[index] = {"file": name, "state": state}
+        write_json(self.folder / INDEX, {str(index): entry for index, entry in sorted(entries.items())})
+        self._entries = entries
+        for name in replaced:
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / name).unlink()
+
+    def read(self, index: int) -> dict[str, torch.Tensor]:
+        """A layer's tensors by their names within it, mapped into memory."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / self._entries[index]["file"]
+        try:
+            with safe_open(path, framework="pt") as handle:
+                return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (a handle, not a dict)
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path} cannot be read: {error}; run again without --resume") from error

@@ -1,0 +1,150 @@
+"""What of a run is done, on disk, so that `--resume` goes on where a dead one stopped.
+
+`journal.json` holds the run's key (model, settings, text, format) and what its finished stages found; `work/` the layers that
+are finished and the text that the dense model wrote. Both describe one run: a new one begins anew, and a finished one keeps
+the journal alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from LLMPruner.errors import UsageError
+from LLMPruner.files import read_json_file, write_atomically, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from LLMPruner.stages.job import PruneJob
+
+logger = logging.getLogger("LLMPruner")
+
+JOURNAL_FILE, WORK, SEARCH_FILE = "journal.json", "work", "search_state.json"  # of an experiment
+FORMAT = 1  # raised whenever what is kept comes to mean something else
+# What may differ between a run and its continuation: how long the search may take, and where weights lie meanwhile.
+FREE = ("search_minutes", "stream", "hidden_gb")
+
+
+def journal_key(job: PruneJob) -> dict[str, Any]:
+    """What a run's result depends on, by flag; the text joins when it has been read."""
+    parts: dict[str, Mapping[str, Any]] = {"": asdict(job.common) | asdict(job.prune), "eval_": asdict(job.evaluation)}
+    if job.finetune is not None:
+        parts["finetune_"] = asdict(job.finetune)
+    settings = {
+        f"--{prefix}{name}": value for prefix, part in parts.items() for name, value in part.items() if name not in FREE
+    }
+    asked = {"--save_model": job.save, "--test_original_ppl": job.test_original, "--test_after_prune": job.test_pruned}
+    asked |= {"--export": job.export.formats, "--gguf_type": job.export.gguf_type, "--finetune": job.finetune is not None}
+    key = {"the format of the journal": FORMAT, "the model": job.source.fingerprint(), **settings, **asked}
+    return json.loads(json.dumps(key))  # as it is read back: lists for tuples
+
+
+class Journal:
+    """The finished stages of the run in `folder`, by name, and what they found. Without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None, key: Mapping[str, Any], done: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.key, self.done = folder, dict(key), dict(done or {})
+
+    @property
+    def work(self) -> Path:
+        """The folder of finished layers and written text."""
+        return self.folder / WORK
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to be done."""
+        return "finished" in self.done
+
+    def begin(self, text: str, *, resumed: bool) -> None:
+        """Start, or go on with, the run on the text of this fingerprint. What another run left is removed.
+
+        Raises UsageError where a run is continued on other text.
+        """
+        if self.folder is None:
+            return
+        if self.done:
+            name = "the text of the corpora"
+            _check_same({name: self.done.get("text")}, {name: text})
+            logger.info("resuming after: %s", ", ".join(self.done))
+            return
+        shutil.rmtree(self.work, ignore_errors=True)
+        if not resumed:
+            (self.folder / SEARCH_FILE).unlink(missing_ok=True)
+        self.record("text", text)
+
+    def record(self, name: str, found: Any = True) -> None:
+        """A stage is done; `found`, plain values, is what it found."""
+        self.done[name] = found
+        if self.folder is not None:
+            write_json(self.folder / JOURNAL_FILE, {"key": self.key, "done": self.done})
+
+    def once(
+        self,
+        name: str,
+        make: Callable[[], Any],
+        dump: Callable[[Any], Any] = lambda x: x,
+        load: Callable[[Any], Any] = lambda x: x,
+    ) -> Any:
+        """What `make` gives, or gave in the run that is continued; `dump` and `load` turn it into plain values and back."""
+        if name in self.done:
+            return load(self.done[name])
+        made = make()
+        self.record(name, dump(made))
+        return made
+
+    def windows(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Like `once`, for token windows."""
+        if self.folder is None:
+            return make()
+        from safetensors.torch import load_file, save_file
+
+        path = self.work / f"{name}.safetensors"
+        if path.is_file():
+            return load_file(path)["windows"]
+        made = make()
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: save_file({"windows": made.contiguous()}, temporary))
+        return made
+
+    def finish(self) -> None:
+        """The run is over."""
+        self.record("finished")
+        if self.folder is not None:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+def open_journal(job: PruneJob, folder: Path) -> Journal:
+    """The journal of a new run, or with `--resume` that of the run which died in `folder`.
+
+    Raises UsageError where there is none to go on with, or one of another command; then the difference is named.
+    """
+    key, path = journal_key(job.sized()), folder / JOURNAL_FILE
+    if not job.resume:
+        return Journal(folder, key)
+    if not path.is_file():
+        if (folder / SEARCH_FILE).is_file():  # the search of a release that kept no journal
+            return Journal(folder, key)
+        raise UsageError(f"--resume: {folder} has no interrupted run: check the name, or run without --resume")
+    data = read_json_file(path, "--resume: the journal")
+    if not (isinstance(data, dict) and isinstance(data.get("key"), dict) and isinstance(data.get("done"), dict)):
+        raise UsageError(f"--resume: {path} is not a journal: run without --resume")
+    if "finished" in data["done"] and data["key"] != key:
+        return Journal(folder, key)  # nothing to go on with, unless its search can be
+    _check_same(data["key"], key)
+    return Journal(folder, key, data["done"])
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UsageError that names what differs between an interrupted run and the command at hand."""
+    for name in before.keys() | now.keys():
+        if before.get(name) != now.get(name):
+            values = f"was {before.get(name)!r}, is {now.get(name)!r}" if name.startswith("--") else "is another one"
+            raise UsageError(
+                f"--resume: {name} {values}: repeat the interrupted command, or run without --resume to begin anew"
+            )
