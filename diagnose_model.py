@@ -43,10 +43,10 @@ def diagnose(args: argparse.Namespace) -> Diagnosis:
         raise UsageError(f"--original_model {args.original_model} is not the dense model of {source.path}: its sizes differ")
     from LLMPruner.evaluator.health import diagnose_weights, with_forward, with_original
 
-    diagnosis, where = diagnose_weights(source), {"dtype": settings.dtype, "device": settings.device}
+    diagnosis = diagnose_weights(source)
     if args.test_forward:
-        diagnosis = with_forward(diagnosis, source, **where)
-    return diagnosis if original is None else with_original(diagnosis, source, original, **where)
+        diagnosis = with_forward(diagnosis, source, settings)
+    return diagnosis if original is None else with_original(diagnosis, source, original, settings)
 
 
 def comparable(geometry: Geometry) -> tuple[int, ...]:

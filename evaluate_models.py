@@ -57,6 +57,8 @@ def recipe(argv: Sequence[str]) -> None:
     sources = {role: find_model(path, f"--{role}_model") for role, path in paths.items()}
     for source in sources.values():
         check_seq_len(source, "--seq_len", evaluation.seq_len)
+    if args.efficiency and common.stream == "on":
+        raise UsageError("--efficiency measures models in memory: run it without --stream on")
     efficiency = efficiency_config(args, sources) if args.efficiency else None
     for name in evaluation.datasets:
         check_corpus(name, common.data_dir, "test", evaluation.seq_len, common.text_format)

@@ -26,10 +26,11 @@ from LLMPruner.config import (
     LoraConfig,
     PruneConfig,
 )
-from LLMPruner.errors import RunError, UsageError
+from LLMPruner.errors import RunError, UsageError, one_line
 from LLMPruner.importance.allocation import STRATEGIES
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
+from LLMPruner.memory import out_of_memory
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model.device import DTYPES
 
@@ -78,9 +79,16 @@ def run_script(recipe: Callable[[Sequence[str]], int | None], argv: Sequence[str
     except RunError as error:
         return _finish(error, 1)
     except Exception as error:
+        if out_of_memory(error):
+            return _finish(
+                f"memory ran out ({one_line(error)[:120]}): {SMALLER}", 1, "; ".join(getattr(error, "__notes__", []))
+            )
         if not getattr(error, "__notes__", None):  # no log has the traceback
             traceback.print_exc()
         return _finish(f"{type(error).__name__}: {error}", 1, "; ".join(getattr(error, "__notes__", [])))
+
+
+SMALLER = "use --stream on, fewer or shorter windows, or a smaller batch; --resume goes on with a pruning that was cut off"
 
 
 def _finish(message: object, code: int, note: str = "") -> int:

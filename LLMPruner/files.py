@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from LLMPruner.errors import UsageError
+from LLMPruner.errors import RunError, UsageError
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -24,6 +25,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)
+    except Exception as error:
+        _raise_if_full(path, error)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,14 +50,27 @@ def write_folder_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             path.rename(old)
         temporary.rename(path)
         _flush(path.parent)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not path.exists():  # stopped between the two renames
             old.rename(path)
+        _raise_if_full(path, error)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")  # where libraries tell no number
+
+
+def _raise_if_full(path: Path, error: BaseException) -> None:
+    """Raise RunError where writing failed because the disk, or what the process may write of it, is full."""
+    if getattr(error, "errno", None) in _FULL or any(word in str(error) for word in _FULL_WORDS):
+        raise RunError(
+            f"{path} cannot be written, the disk is full or a limit reached: free some space and go on (pruning with --resume)"
+        ) from error
 
 
 def remove_leftovers(path: Path) -> None:
@@ -127,6 +144,31 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write indented JSON atomically. Raises ValueError on NaN or infinity, which JSON does not have."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder is this process's alone while the context is open; the lock goes with the process, whatever it dies of.
+
+    Raises UsageError where another process has it. File systems that know no locks are passed over.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UsageError(f"another run is at work in {folder}: wait until it is over, or choose another name") from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_json_file(path: Path, what: str) -> Any:

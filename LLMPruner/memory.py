@@ -40,6 +40,14 @@ def available_memory(device: str) -> int:
     return max(0, free)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: of the device or of the machine."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("can't allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED", "Cannot allocate memory")
+    return isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
+
+
 def _cuda_name(device: str) -> str | None:
     """`device` as torch calls it where it is a CUDA one; None where it is not, or nobody has imported torch yet."""
     torch = sys.modules.get("torch")

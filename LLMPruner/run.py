@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from LLMPruner.errors import UsageError
-from LLMPruner.files import restore_folder, write_json, write_text
+from LLMPruner.files import locked, restore_folder, write_json, write_text
 from LLMPruner.memory import peak_memory, reset_peak_memory
 
 LOG_ROOT = Path("prune_log")
@@ -62,6 +62,7 @@ class Run:
         restore_folder(folder)
         self.timestamp_dir = self._new_timestamp_dir()
         self._handlers: list[logging.Handler] = []
+        self._lock = contextlib.ExitStack()
 
     def _new_timestamp_dir(self) -> Path:
         base = self.dir / time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -74,6 +75,11 @@ class Run:
 
     def __enter__(self) -> Run:
         if not self.dry_run:
+            try:
+                self._lock.enter_context(locked(self.dir))
+            except UsageError:
+                self._remove()
+                raise
             self._write_script()
         self._handlers = start_logging(self.timestamp_dir / "training.log")
         logger.info("command: %s", self.command)
@@ -91,6 +97,7 @@ class Run:
         stop_logging(self._handlers)
         if isinstance(error, UsageError):
             self._remove()
+        self._lock.close()
 
     def _remove(self) -> None:
         """A wrong command leaves nothing behind: this run's folder goes, and its parents where they are empty."""

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from LLMPruner.errors import UsageError
+from LLMPruner.errors import RunError, UsageError
 from LLMPruner.files import (
     check_output_file,
     check_output_folder,
     existing_path,
+    locked,
     read_json_file,
     remove_leftovers,
     require_free_space,
@@ -25,6 +26,8 @@ from LLMPruner.files import (
     write_json,
     write_text,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +245,48 @@ def test_free_space_is_required_of_the_nearest_existing_folder(tmp_path, monkeyp
     assert asked == [tmp_path]
     with pytest.raises(UsageError, match=r"the checkpoint needs 5\.1 GB and .* has 5\.0 GB free"):
         require_free_space(tmp_path, 5_100_000_000, "the checkpoint")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")]
+)
+@pytest.mark.parametrize("write", [write_atomically, write_folder_atomically])
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path, write, error):
+    def full(_):
+        raise error
+
+    with pytest.raises(RunError, match="the disk is full"):
+        write(tmp_path / "model.bin", full)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_limit_of_the_files_size_is_one_sentence_too(tmp_path):
+    """The real thing, in a process of its own: torch and safetensors say it otherwise than Python."""
+    code = """
+import resource, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from LLMPruner.files import write_atomically
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+big = {"a": torch.zeros(1 << 20)}
+plain = lambda path: path.write_bytes(bytes(1 << 22))
+for write in (lambda path: torch.save(big, path), lambda path: save_file(big, path), plain):
+    try:
+        write_atomically(Path(sys.argv[1], "model"), write)
+    except RuntimeError as error:
+        print(type(error).__name__, "disk is full" in str(error))
+"""
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == "RunError True\n" * 3, run.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_locked_folder_is_one_processs_alone(tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(UsageError, match="another run is at work"), locked(tmp_path):
+            pass
+        code = f"from pathlib import Path; from LLMPruner.files import locked; locked(Path({str(tmp_path)!r})).__enter__()"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert "another run is at work" in run.stderr
+    with locked(tmp_path):
+        pass

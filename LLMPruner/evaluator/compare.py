@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +13,7 @@ from LLMPruner.data.windows import evaluation_windows, read_alike
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.table import comparison_table, results_json, tables_of
 from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
-from LLMPruner.model.load import load_model, load_tokenizer
+from LLMPruner.model.load import load_model, load_tokenizer, opened
 from LLMPruner.model.source import ModelSource, check_token_ids
 from LLMPruner.run import versions
 
@@ -84,11 +83,8 @@ def measure_model(
     """PPL of one model on every corpus; the model is gone from memory afterwards."""
     from LLMPruner.evaluator.ppl import measure
 
-    loaded = load_model(source, dtype=common.dtype, device=common.device, tokenizer=tokenizer)
-    results = measure(loaded.runner, windows, role, common.split("test"))
-    del loaded
-    gc.collect()  # a model may refer to itself: without this, two could be in memory at once
-    return results
+    with opened(source, common, tokenizer) as loaded:
+        return measure(loaded.runner, windows, role, common.split("test"))
 
 
 def measure_costs(

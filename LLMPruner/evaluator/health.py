@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from LLMPruner.config import CommonConfig
 from LLMPruner.errors import DamagedError, RunError, UsageError
 from LLMPruner.evaluator.massive import RATIO, largest_ratios, lengths_and_last
 from LLMPruner.families.family import Projection, Sublayer
 from LLMPruner.model.checkpoint import load_checkpoint
 from LLMPruner.model.device import resolve_device
-from LLMPruner.model.load import load_model
+from LLMPruner.model.load import opened
 from LLMPruner.model.source import ModelSource, with_weights
 from LLMPruner.model.tensors import StoredTensors
 from LLMPruner.model.tokenizer import load_tokenizer
@@ -24,6 +25,7 @@ from LLMPruner.plan import PruningPlan, expected_shapes
 if TYPE_CHECKING:
     from LLMPruner.model.load import LoadedModel
 
+DEFAULTS = CommonConfig()
 HUGE = 1e4  # weights of trained Llamas stay below 1e2; beyond this float16 activations overflow
 TEXT = (
     "The river rises in the mountains and flows south through three towns before it reaches the sea. "
@@ -188,27 +190,28 @@ def layer_shapes(shapes: Mapping[str, tuple[int, ...]], plan: PruningPlan) -> tu
     )
 
 
-def with_forward(diagnosis: Diagnosis, source: ModelSource, *, dtype: str = "auto", device: str = "auto") -> Diagnosis:
+def with_forward(diagnosis: Diagnosis, source: ModelSource, common: CommonConfig = DEFAULTS) -> Diagnosis:
     """The diagnosis with the forward test added; where the weights are broken it is not run: they may not even load."""
     if not diagnosis.healthy:
         found = [Finding("info", "forward", "not run, because the weights are broken")]
     else:
-        resolve_device(device)  # a device this machine lacks is a wrong command, not an illness
+        resolve_device(common.device)  # a device this machine lacks is a wrong command, not an illness
         try:
-            found = diagnose_forward(load_model(source, dtype=dtype, device=device))
+            with opened(source, common) as loaded:
+                found = diagnose_forward(loaded)
         except Exception as error:  # whatever breaks while a model loads and runs is what a diagnosis is for
             found = [Finding("error", "forward", f"{type(error).__name__}: {error}")]
     return replace(diagnosis, findings=(*diagnosis.findings, *found))
 
 
 def with_original(
-    diagnosis: Diagnosis, source: ModelSource, original: ModelSource, *, dtype: str = "auto", device: str = "auto"
+    diagnosis: Diagnosis, source: ModelSource, original: ModelSource, common: CommonConfig = DEFAULTS
 ) -> Diagnosis:
     """The diagnosis with false massive activations added: both models on a short text, one after the other."""
     if not diagnosis.healthy:
         return diagnosis
-    dense, ids = _stream_lengths(original, None, dtype, device)
-    ours, _ = _stream_lengths(source, ids, dtype, device)
+    dense, ids = _stream_lengths(original, None, common)
+    ours, _ = _stream_lengths(source, ids, common)
     ratios = tuple(largest_ratios(ours, dense))
     broken = next((index for index, ratio in enumerate(ratios) if not math.isfinite(ratio)), None)
     if broken is not None:
@@ -226,13 +229,13 @@ def with_original(
 
 
 def _stream_lengths(
-    source: ModelSource, ids: torch.Tensor | None, dtype: str, device: str
+    source: ModelSource, ids: torch.Tensor | None, common: CommonConfig
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Lengths of the residual stream by layer and token, and the token ids `(1, tokens)`: those of a short text where None."""
-    loaded = load_model(source, dtype=dtype, device=device)
-    if ids is None:
-        ids = torch.tensor([loaded.tokenizer(TEXT).input_ids[: source.geometry.max_positions]])
-    return lengths_and_last(loaded.runner, ids)[0], ids
+    with opened(source, common) as loaded:
+        if ids is None:
+            ids = torch.tensor([loaded.tokenizer(TEXT).input_ids[: source.geometry.max_positions]])
+        return lengths_and_last(loaded.runner, ids)[0], ids
 
 
 @torch.no_grad()
@@ -248,6 +251,8 @@ def diagnose_forward(loaded: LoadedModel) -> list[Finding]:
     findings = [Finding("info", "forward", f"PPL {math.exp(loss):.2f} on a text of {ids.shape[1]} tokens")]
     if loss > chance:
         findings.append(Finding("error", "forward", f"loss {loss:.2f} is worse than guessing ({chance:.2f} nats a token)"))
+    if not runner.store.resident:
+        return [*findings, Finding("info", "generation", "not run: the weights are on disk, every token would read them all")]
     prompt = ids[:, : min(12, ids.shape[1])].to(runner.device)
     cached, plain = (_generate(model, prompt, use_cache=use_cache) for use_cache in (True, False))
     if not torch.equal(cached, plain):

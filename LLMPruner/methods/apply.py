@@ -176,6 +176,7 @@ def _heal(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan
     if kept and (not whole or (drifted and method.solves)):
         evidence, answer = _evidence(runner, sublayer, index, plan, method, streams)
         healed = method.heal(evidence)
+        del evidence  # gigabytes, before the streams move on
     else:
         answer = runner.sublayer(index, sublayer, streams.dense)
     _slice(runner, sublayer, index, plan)
@@ -225,24 +226,27 @@ def _evidence(
         chosen = columns if method.solves and len(columns) < projection.in_features else None
         fit, held_out = (Moments(gram=method.solves, kept=chosen) for _ in range(2))
         bias = 0 if projection.bias is None else projection.bias.float()
-        for part in runner.batches(*dense.shape[:2]):
+
+        def look(part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
             before = fetch(dense, part, runner.device)
             seen = theirs = runner.observed(index, sublayer, before)
-            answer[part] = theirs.after
             now, drift = before, 0
             if pruned is not dense:
                 now = fetch(pruned, part, runner.device)
                 seen = runner.observed(index, sublayer, now)
                 if not sublayer.wraps:  # else what is added to the stream is not what the projection gives
                     drift = before.float() - now.float()
-            own, inputs, targets = theirs.outputs.float() - bias, seen.inputs, None
-            if method.solves:
-                scales = token_scales(before, now, theirs.after)
-                inputs = relative_to(scales, inputs)
-                targets = relative_to(scales, torch.cat([own, own + drift], -1)).flatten(0, 1)  # (tokens, 2 * hidden)
-            inputs, out = inputs.flatten(0, 1), held[part].flatten()
+            if not method.solves:
+                return theirs.after, seen.inputs, None
+            own, scales = theirs.outputs.float() - bias, token_scales(before, now, theirs.after)
+            targets = torch.cat([own, own + drift], -1)  # (windows, seq_len, 2 * hidden)
+            return theirs.after, relative_to(scales, seen.inputs), relative_to(scales, targets)
+
+        for part, (after, inputs, targets) in runner.computed(*dense.shape[:2], look):
+            answer[part], out = after, held[part].flatten()
             for moments, tokens in ((fit, ~out), (held_out, out)):
-                moments.add(inputs[tokens], targets=None if targets is None else targets[tokens])
+                wanted = None if targets is None else targets.flatten(0, 1)[tokens]
+                moments.add(inputs.flatten(0, 1)[tokens], targets=wanted)
         return Evidence(projection.weight.detach(), columns, fit, held_out), answer
 
 

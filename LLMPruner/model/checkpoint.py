@@ -46,7 +46,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mappi
         torch.save(payload, temporary)
         with zipfile.ZipFile(temporary, "a") as archive:
             folder = archive.namelist()[0].split("/")[0]
-            archive.writestr(f"{folder}/{META_MEMBER}", json.dumps(meta))
+            entry = zipfile.ZipInfo(f"{folder}/{META_MEMBER}")  # without a date: the same model is the same file
+            archive.writestr(entry, json.dumps(meta))
 
     write_atomically(path, write)
 

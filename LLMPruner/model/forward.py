@@ -6,23 +6,28 @@ layer's weights live, and no prefix is computed twice. Hidden states are `(n, se
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import is_removed, output_projection
+from LLMPruner.memory import out_of_memory
 from LLMPruner.model.device import deterministic
 from LLMPruner.model.head import Head
-from LLMPruner.model.hidden import BATCH_TOKENS, batches, fetch, mapped
+from LLMPruner.model.hidden import BATCH_TOKENS, batches, fetch
 from LLMPruner.model.store import ResidentStore, Store
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+
+logger = logging.getLogger("LLMPruner")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Observed:
     outputs: torch.Tensor  # (n, seq_len, hidden), its bias included
 
 
+Result = TypeVar("Result")
 Observer = Callable[[torch.Tensor, Observed], None]  # sees a batch before the sublayer, and what became of it
 
 
@@ -64,6 +70,24 @@ class LayerRunner:
         """Slices over `count` windows, as they go through a layer together."""
         return batches(count, seq_len, self.batch_tokens)
 
+    def computed(self, count: int, seq_len: int, compute: Callable[[slice], Result]) -> Iterator[tuple[slice, Result]]:
+        """`compute` of batch after batch of `count` windows, and which windows it was of; where memory runs out, of half as
+        many from then on. What it gives is put together by the caller, so that nothing is counted twice."""
+        start = 0
+        while start < count:
+            part = slice(start, min(count, start + max(1, self.batch_tokens // seq_len)))
+            try:
+                result = compute(part)
+            except Exception as error:
+                half = (part.stop - part.start) // 2
+                if half == 0 or not out_of_memory(error):
+                    raise
+                self.batch_tokens = half * seq_len
+                logger.warning("memory ran out: %d windows of %d tokens at a time from now on", half, seq_len)
+                continue
+            yield part, result
+            start = part.stop
+
     def passes(self, count: int, seq_len: int) -> list[slice]:
         """Slices over `count` windows that go through all layers together: those of a batch where the weights are at hand, all
         where they are read from disk, so that each layer is read once."""
@@ -84,14 +108,19 @@ class LayerRunner:
             if is_removed(getattr(layer, sublayer.attribute)):
                 return hidden
 
-            def step(batch: torch.Tensor) -> torch.Tensor:
+            def step(part: slice) -> tuple[torch.Tensor, Observed | None]:
+                batch = fetch(hidden, part, self.device)
                 if observe is None:
-                    return self._after(layer, sublayer, batch)
+                    return self._after(layer, sublayer, batch), None
                 seen = self._observed(layer, sublayer, batch)
-                observe(batch, seen)
-                return seen.after
+                return seen.after, seen
 
-            return mapped(hidden, step, self.device, self.batch_tokens, self.home.empty_like)
+            output = self.home.empty_like(hidden)
+            for part, (after, seen) in self.computed(*hidden.shape[:2], step):
+                if observe is not None:
+                    observe(fetch(hidden, part, self.device), seen)
+                output[part] = after
+            return output
 
     @torch.no_grad()
     def observed(self, index: int, sublayer: Sublayer, batch: torch.Tensor) -> Observed:
@@ -138,13 +167,25 @@ class LayerRunner:
             hidden, chosen = self.prefixes(windows[part]), windows[part]
             gradient = self._loss_gradient(hidden.pop(), chosen)
             for index in reversed(range(self.num_layers)):
-                inputs = hidden.pop()
-                with self.store.layer(index):
-                    for batch in self.batches(*chosen.shape):
-                        before = fetch(inputs, batch, self.device).detach().requires_grad_()
-                        gates, arriving = self._gates(index, before, fetch(gradient, batch, self.device))
-                        gradient[batch] = arriving
-                        visit(index, gates)
+                self._backward(index, hidden.pop(), gradient, visit)
+
+    def _backward(
+        self,
+        index: int,
+        inputs: torch.Tensor,
+        gradient: torch.Tensor,
+        visit: Callable[[int, tuple[torch.Tensor, ...]], None],
+    ) -> None:
+        """One layer of the backward pass: `gradient`, of the loss with respect to its outputs, becomes that of its `inputs`."""
+
+        def step(part: slice) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+            before = fetch(inputs, part, self.device).detach().requires_grad_()
+            return self._gates(index, before, fetch(gradient, part, self.device))
+
+        with self.store.layer(index):
+            for part, (gates, arriving) in self.computed(*inputs.shape[:2], step):
+                gradient[part] = arriving
+                visit(index, gates)
 
     def _loss_gradient(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """d(summed loss)/d(last hidden states), in the place of these."""

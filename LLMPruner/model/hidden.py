@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from LLMPruner.errors import RunError
+from LLMPruner.plan import Geometry
 
 BATCH_TOKENS = 4096  # tokens that go through a layer together
 
@@ -78,15 +79,14 @@ def fetch(hidden: torch.Tensor, part: slice, device: torch.device) -> torch.Tens
     return hidden[part].to(device, non_blocking=True)
 
 
-def mapped(
-    hidden: torch.Tensor,
-    step: Callable[[torch.Tensor], torch.Tensor],
-    device: torch.device,
-    batch_tokens: int,
-    empty_like: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
-) -> torch.Tensor:
-    """`step` of every batch of `hidden`, computed on `device`, in one tensor beside `hidden`."""
-    output = empty_like(hidden)
-    for part in batches(*hidden.shape[:2], batch_tokens):
-        output[part] = step(fetch(hidden, part, device))
-    return output
+def affordable(geometry: Geometry, dtype: torch.dtype, free: int) -> int:
+    """Tokens that may go through a layer together where `free` bytes are left: BATCH_TOKENS, or half as often as needed.
+
+    A token takes its channels five times (gate, up, their product, a copy in float32 and what is kept of it) and as many query
+    columns, and a gradient as much again; half of what is free is for statistics.
+    """
+    width = geometry.intermediate_size + geometry.num_heads * geometry.head_dim + 2 * geometry.hidden_size
+    token, tokens = 10 * width * max(dtype.itemsize, 2), BATCH_TOKENS
+    while tokens > 1 and tokens * token > free // 2:
+        tokens //= 2
+    return tokens

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from LLMPruner.config import CommonConfig
 from LLMPruner.errors import RunError, UsageError, one_line
 from LLMPruner.families.family import rope_settings
+from LLMPruner.memory import available_memory
 from LLMPruner.model.checkpoint import save_checkpoint
 from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
+from LLMPruner.model.fit import Streaming, streaming
 from LLMPruner.model.size import count_parameters
 from LLMPruner.model.source import ModelSource, with_weights
 from LLMPruner.model.tensors import StoredTensors
@@ -25,7 +31,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from LLMPruner.model.fit import Streaming
     from LLMPruner.model.forward import LayerRunner
     from LLMPruner.model.store import Store
     from LLMPruner.model.streamed import StreamedStore
@@ -59,8 +64,10 @@ class LoadedModel:
     def runner(self) -> LayerRunner:
         """Runs the model layer by layer."""
         from LLMPruner.model.forward import LayerRunner
+        from LLMPruner.model.hidden import affordable
 
-        return LayerRunner(self.store)
+        free = available_memory(str(self.store.device))
+        return LayerRunner(self.store, batch_tokens=affordable(self.plan.geometry, self.model.dtype, free))
 
 
 def load_model(
@@ -95,6 +102,17 @@ def load_model(
     else:
         provenance = {"base_model": str(source.path), "dense_parameters": count}
     return LoadedModel(model, tokenizer or load_tokenizer(source), source.plan, provenance, store)
+
+
+@contextmanager
+def opened(
+    source: ModelSource, common: CommonConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[LoadedModel]:
+    """A model to be looked at and not changed, loaded or streamed as `common` says; gone from memory afterwards."""
+    with tempfile.TemporaryDirectory(prefix="llmpruner.") as folder:
+        gc.collect()  # the model before may refer to itself: without this, two could be in memory at once
+        stream = streaming(source, common, Path(folder))
+        yield load_model(source, dtype=common.dtype, device=common.device, tokenizer=tokenizer, stream=stream)
 
 
 def _streamed(

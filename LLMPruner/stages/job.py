@@ -180,6 +180,8 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
 
 def check_recover(job: RecoverJob, folder: Path) -> None:
     """All checks that need no weights. Raises UsageError, with nothing changed on disk."""
+    if job.common.stream == "on":
+        raise UsageError("training needs all weights in memory at once: run without --stream on")
     seq_len, data_dir, text_format = job.training.seq_len, job.common.data_dir, job.common.text_format
     check_seq_len(job.source, "--seq_len", seq_len)
     check_corpus(job.training.dataset, data_dir, "train", seq_len, text_format)

@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
+from LLMPruner.config import CommonConfig
 from LLMPruner.errors import DamagedError
 from LLMPruner.evaluator import health
 from LLMPruner.evaluator.health import (
@@ -152,7 +153,7 @@ def test_a_damaged_directory_is_a_finding(trained_dir, tmp_path):
 
 
 def test_the_forward_test_passes_a_trained_model_and_tells_its_text(source):
-    found = with_forward(diagnose_weights(source), source, dtype="float32", device="cpu").findings
+    found = with_forward(diagnose_weights(source), source, CommonConfig(dtype="float32", device="cpu")).findings
     assert all(finding.severity != "error" for finding in found if finding.where == "generation")
     assert any(finding.severity == "info" and finding.where == "generation" for finding in found)
 
@@ -193,13 +194,13 @@ def test_whatever_breaks_in_the_forward_pass_is_a_finding(source, monkeypatch):
     def broken(*args, **kwargs):
         raise IndexError("no such position")
 
-    monkeypatch.setattr(health, "load_model", broken)
+    monkeypatch.setattr(health, "opened", broken)
     diagnosis = with_forward(diagnose_weights(source), source)
     assert errors(diagnosis) == [("forward", "IndexError: no such position")]
 
 
 def test_broken_weights_are_not_run(monkeypatch):
-    monkeypatch.setattr(health, "load_model", lambda *args, **kwargs: pytest.fail("was loaded"))
+    monkeypatch.setattr(health, "opened", lambda *args, **kwargs: pytest.fail("was loaded"))
     diagnosis = with_forward(unreadable("m.bin", RuntimeError("torn")), SimpleNamespace())
     assert errors(diagnosis) == [("file", "torn")] and diagnosis.findings[-1].severity == "info"
     assert report_text(diagnosis).startswith("UNHEALTHY: file: torn\n")
@@ -208,7 +209,7 @@ def test_broken_weights_are_not_run(monkeypatch):
 def test_a_stream_far_longer_than_in_the_dense_model_is_a_warning_that_names_its_layer(source, trained_dir):
     dense = find_model(str(trained_dir), "--original_model")
     diagnosis = diagnose_weights(source)
-    found = with_original(diagnosis, source, dense, dtype="float32", device="cpu")
+    found = with_original(diagnosis, source, dense, CommonConfig(dtype="float32", device="cpu"))
     assert found.healthy and [finding.severity for finding in found.findings] == ["info"] and len(found.stream_ratios) == 4
     assert all(0 < ratio < RATIO for ratio in found.stream_ratios) and found.as_dict()["stream_ratios"] == list(
         found.stream_ratios
@@ -220,7 +221,7 @@ def test_a_stream_far_longer_than_in_the_dense_model_is_a_warning_that_names_its
     payload = torch.load(source.path, weights_only=True)
     payload["model.layers.2.mlp.down_proj.weight"] *= 1000
     torch.save(payload, source.path)
-    spoiled = with_original(diagnose_weights(source), source, dense, dtype="float32", device="cpu")
+    spoiled = with_original(diagnose_weights(source), source, dense, CommonConfig(dtype="float32", device="cpu"))
     (finding,) = spoiled.findings
     assert (finding.severity, finding.where) == ("warning", "massive activations") and spoiled.healthy
     worst = max(spoiled.stream_ratios)
@@ -232,12 +233,12 @@ def test_a_stream_far_longer_than_in_the_dense_model_is_a_warning_that_names_its
 
 def test_the_dense_model_beside_itself_is_as_long_everywhere(trained_dir):
     dense = find_model(str(trained_dir), "--original_model")
-    found = with_original(diagnose_weights(dense), dense, dense, dtype="float32", device="cpu")
+    found = with_original(diagnose_weights(dense), dense, dense, CommonConfig(dtype="float32", device="cpu"))
     assert found.stream_ratios == (1.0,) * 4 and "none is false" in found.findings[0].message
 
 
 def test_broken_weights_are_not_compared_to_the_dense_model(monkeypatch):
-    monkeypatch.setattr(health, "load_model", lambda *args, **kwargs: pytest.fail("was loaded"))
+    monkeypatch.setattr(health, "opened", lambda *args, **kwargs: pytest.fail("was loaded"))
     diagnosis = unreadable("m.bin", RuntimeError("torn"))
     assert with_original(diagnosis, SimpleNamespace(), SimpleNamespace()) is diagnosis
 

@@ -82,6 +82,50 @@ def test_a_layer_is_its_sublayers_one_after_the_other_and_the_differentiable_one
     torch.testing.assert_close(runner.differentiable_layer(2, before).detach(), hidden)
 
 
+def fails_at(monkeypatch, runner: LayerRunner, windows: int, error: Exception) -> list[int]:
+    """A machine on which a layer can take fewer than so many windows at a time; counts what went through."""
+    seen, after = [], LayerRunner._after
+
+    def limited(self, layer, sublayer, hidden):
+        if len(hidden) >= windows:
+            raise error
+        seen.append(len(hidden))
+        return after(self, layer, sublayer, hidden)
+
+    monkeypatch.setattr(LayerRunner, "_after", limited)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_where_memory_runs_out_half_as_many_windows_go_together_and_none_is_counted_twice(monkeypatch, caplog, error):
+    runner, whole = (LayerRunner.of(tiny_model(), batch_tokens=36) for _ in range(2))
+    expected, gates = whole.layers(whole.embed(WINDOWS)), gathered_gates(whole, WINDOWS)
+    seen = fails_at(monkeypatch, runner, 2, error)
+    torch.testing.assert_close(runner.layers(runner.embed(WINDOWS)), expected)
+    assert set(seen) == {1} and runner.batch_tokens == 12 and caplog.text.count("memory ran out") == 1
+    runner.batch_tokens = 36
+    for got, wanted in zip(gathered_gates(runner, WINDOWS), gates, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("windows", "error"), [(1, torch.OutOfMemoryError("CUDA out of memory")), (2, RuntimeError("shapes do not match"))]
+)
+def test_one_window_too_many_and_other_errors_are_not_hidden(monkeypatch, windows, error):
+    runner = LayerRunner.of(tiny_model(), batch_tokens=36)
+    fails_at(monkeypatch, runner, windows, error)
+    with pytest.raises(RuntimeError, match=str(error)):
+        runner.layers(runner.embed(WINDOWS))
+
+
 @pytest.mark.parametrize("name", ["attention", "mlp"])
 def test_a_removed_sublayer_changes_nothing_and_has_nothing_to_observe(name):
     model = tiny_model()
