@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from LLMPruner import cli
+from LLMPruner import cli, parallel
 from LLMPruner.config import EfficiencyConfig, EvalConfig, require_at_least
 from LLMPruner.data.corpora import check_corpus
 from LLMPruner.errors import UsageError
@@ -59,6 +59,8 @@ def recipe(argv: Sequence[str]) -> None:
         check_seq_len(source, "--seq_len", evaluation.seq_len)
     if args.efficiency and common.stream == "on":
         raise UsageError("--efficiency measures models in memory: run it without --stream on")
+    if args.efficiency and parallel.count() > 1:
+        raise UsageError("--efficiency measures one process: run it without the launcher")
     efficiency = efficiency_config(args, sources) if args.efficiency else None
     for name in evaluation.datasets:
         check_corpus(name, common.data_dir, "test", evaluation.seq_len, common.text_format)
@@ -70,13 +72,13 @@ def recipe(argv: Sequence[str]) -> None:
         record = compare(sources, evaluation, common, efficiency, args.table_lang)
     finally:
         stop_logging(handlers)
-    if args.save_results is not None:
+    if args.save_results is not None and parallel.main():
         write_json(Path(args.save_results), record)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return cli.run_script(recipe, argv)
+    return cli.run_script(recipe, argv, shared=True)
 
 
 if __name__ == "__main__":

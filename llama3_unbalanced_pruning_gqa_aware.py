@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from LLMPruner import cli
+from LLMPruner import cli, parallel
 from LLMPruner.config import PRESETS
 from LLMPruner.model.source import find_model
 from LLMPruner.run import Run, check_experiment
+from LLMPruner.stages.forecast import dry_run
 from LLMPruner.stages.job import PruneJob, check_prune
 from LLMPruner.stages.journal import open_journal
 from LLMPruner.stages.prune import prune
@@ -24,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="print the plan and the sizes, write nothing but the log; loads the model and runs the analysis, and a search too",
+        help="print the sizes and a forecast of time and memory, write nothing but the log; a config.json is enough",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run of this experiment")
     parser.add_argument("--test_original_ppl", action=cli.Switch, default=False, help="measure the dense model's PPL first")
@@ -65,7 +66,7 @@ def build_job(args: argparse.Namespace) -> PruneJob:
         test_pruned=args.test_after_prune,
         dry_run=args.dry_run,
         resume=args.resume,
-        source=find_model(args.base_model, "--base_model"),
+        source=find_model(args.base_model, "--base_model", config_alone=args.dry_run),
     )
 
 
@@ -75,16 +76,20 @@ def recipe(argv: Sequence[str]) -> None:
     folder = check_experiment(args.save_ckpt_log_name, "--save_ckpt_log_name")
     job = build_job(args)
     budget, importance = check_prune(job, folder)
-    if job.resume and open_journal(job, folder).finished:
-        print(f"{folder} is finished: there is nothing left to do")
+    if job.resume and not job.dry_run and open_journal(job, folder).finished:
+        if parallel.main():
+            print(f"{folder} is finished: there is nothing left to do")
         return
     with Run(folder, __file__, argv, seed=job.common.seed, device=job.common.device, dry_run=job.dry_run) as run:
-        prune(job, run, budget, importance)
+        if job.dry_run:
+            dry_run(job, run, budget)
+        else:
+            prune(job, run, budget, importance)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return cli.run_script(recipe, argv)
+    return cli.run_script(recipe, argv, shared=True)
 
 
 if __name__ == "__main__":

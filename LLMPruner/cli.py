@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
+from LLMPruner import parallel
 from LLMPruner.config import (
     EXPORT_FORMATS,
     GGUF_TYPES,
@@ -46,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """One sentence on stderr and exit code 2, without the usage dump that would bury it."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(_finish(f"{message} (see --help)", 2))
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -68,10 +70,17 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, not (option_string or "").startswith("--no_"))
 
 
-def run_script(recipe: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
-    """Call `recipe(arguments)` and turn how it ends into an exit code: its own, 1 failed, 2 wrong command, 130 interrupted."""
+def run_script(recipe: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None, *, shared: bool = False) -> int:
+    """Call `recipe(arguments)` and turn how it ends into an exit code: its own, 1 failed, 2 wrong command, 130 interrupted.
+
+    `shared`: several processes can share its work.
+    """
     try:
-        return recipe(list(sys.argv[1:] if argv is None else argv)) or 0
+        if parallel.count() > 1 and not shared:
+            raise UsageError("this script is one process: start it with python, without a launcher")
+        code = recipe(list(sys.argv[1:] if argv is None else argv)) or 0
+        parallel.leave()
+        return code
     except KeyboardInterrupt:
         return _finish("interrupted", 130)
     except UsageError as error:
@@ -91,8 +100,16 @@ def run_script(recipe: Callable[[Sequence[str]], int | None], argv: Sequence[str
 SMALLER = "use --stream on, fewer or shorter windows, or a smaller batch; --resume goes on with a pruning that was cut off"
 
 
+GRACE = 10.0  # seconds in which a launcher ends the other processes after one has failed
+
+
 def _finish(message: object, code: int, note: str = "") -> int:
+    """Say why, in one sentence. Of several processes the first one says what all find before they have met."""
     sentence = " ".join(str(message).split())
+    if not parallel.main():
+        if not parallel.started():
+            time.sleep(GRACE)
+        note = "; ".join(filter(None, (note, f"process {parallel.rank()} of {parallel.count()}")))
     print(f"error: {sentence}" + (f" ({note})" if note else ""), file=sys.stderr)
     return code
 

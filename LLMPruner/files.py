@@ -62,7 +62,13 @@ def write_folder_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_WORDS = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")  # where libraries tell no number
+_FULL_WORDS = (
+    "No space left",
+    "File too large",
+    "Disk quota",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+)  # where libraries tell no number
 
 
 def _raise_if_full(path: Path, error: BaseException) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import sys
 from pathlib import Path
 
+from LLMPruner import parallel
+
 
 def reset_peak_memory(device: str = "auto") -> None:
     """Start a new high-water mark of `device` (cpu, cuda, cuda:N, mps or auto) and of the process."""
@@ -24,13 +26,14 @@ def peak_memory(device: str = "auto") -> int:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that can still be taken: of `device` where it is a CUDA one, else of main memory and of the process's limit."""
+    """Bytes that can still be taken: of `device` where it is a CUDA one, else of main memory (its share, where
+    several processes of a run are on this machine) and of the process's limit."""
     cuda = _cuda_name(device)
     if cuda is not None:
         return sys.modules["torch"].cuda.mem_get_info(cuda)[0]
     import psutil
 
-    free = psutil.virtual_memory().available
+    free = psutil.virtual_memory().available // parallel.local()[1]
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
 

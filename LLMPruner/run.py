@@ -1,4 +1,7 @@
-"""One run's folder: `prune_log/<experiment>/{timestamp}`, its log, its command, and its stage records."""
+"""One run's folder: `prune_log/<experiment>/{timestamp}`, its log, its command, and its stage records.
+
+Of several processes of a run the first one writes all this.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from LLMPruner import parallel
 from LLMPruner.errors import UsageError
 from LLMPruner.files import locked, restore_folder, write_json, write_text
 from LLMPruner.memory import peak_memory, reset_peak_memory
@@ -59,12 +63,14 @@ class Run:
         self.dry_run = dry_run  # write nothing but the log
         self.stages: list[dict[str, Any]] = []
         self.metrics: dict[str, Any] = {"command": self.command, "seed": seed, "stages": self.stages}
-        restore_folder(folder)
-        self.timestamp_dir = self._new_timestamp_dir()
+        if parallel.count() > 1:
+            self.metrics["processes"] = parallel.count()
+        self.timestamp_dir = self._new_timestamp_dir() if parallel.main() else folder
         self._handlers: list[logging.Handler] = []
         self._lock = contextlib.ExitStack()
 
     def _new_timestamp_dir(self) -> Path:
+        restore_folder(self.dir)
         base = self.dir / time.strftime("%Y-%m-%d_%H-%M-%S")
         for attempt in range(100):
             folder = base if attempt == 0 else base.with_name(f"{base.name}_{attempt}")
@@ -74,6 +80,9 @@ class Run:
         raise UsageError(f"{self.dir} is full of runs of this very second: try again")
 
     def __enter__(self) -> Run:
+        if not parallel.main():
+            self._handlers = start_logging()
+            return self
         if not self.dry_run:
             try:
                 self._lock.enter_context(locked(self.dir))
@@ -87,7 +96,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and not isinstance(error, UsageError):
+        if error is not None and not isinstance(error, UsageError) and parallel.main():
             # the terminal gets one sentence; the log gets the whole story
             record = logger.makeRecord(logger.name, logging.ERROR, "", 0, "the run failed", (), (kind, error, trace))
             for handler in self._handlers:
@@ -95,7 +104,7 @@ class Run:
                     handler.handle(record)
             error.add_note(f"the traceback is in {self.timestamp_dir / 'training.log'}")
         stop_logging(self._handlers)
-        if isinstance(error, UsageError):
+        if isinstance(error, UsageError) and parallel.main():
             self._remove()
         self._lock.close()
 
@@ -116,35 +125,41 @@ class Run:
         """Write `file`: the command, the folder and every setting, one a line."""
         rows = [f"command: {self.command}", f"run: {self.timestamp_dir}"]
         rows += [f"{name}: {value}" for name, value in settings.items()]
-        write_text(self.dir / file, "\n".join(rows) + "\n")
+        if parallel.main():
+            write_text(self.dir / file, "\n".join(rows) + "\n")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a stage and record its seconds and peak memory; the body may add figures to the yielded dict."""
         record: dict[str, Any] = {"stage": name}
         reset_peak_memory(self.device)
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), time.process_time()
         logger.info("stage %s: start", name)
         yield record
         record["seconds"] = round(time.perf_counter() - start, 2)
+        record["cpu_seconds"] = round(time.process_time() - computed, 2)
         record["peak_memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
         self.stages.append(record)
         logger.info("stage %s: %.1f s, peak memory %.2f GB", name, record["seconds"], record["peak_memory_gb"])
 
     def save_metrics(self, name: str = "metrics.json") -> None:
         """Write what was measured so far beside the checkpoint."""
-        write_json(self.dir / name, self.metrics)
+        if parallel.main():
+            write_json(self.dir / name, self.metrics)
 
 
 def start_logging(log_file: Path | None = None) -> list[logging.Handler]:
-    """Send the package's log to stdout, and to `log_file` (flushed line by line, so that tail and grep work meanwhile)."""
+    """Send the package's log to stdout, and to `log_file` (flushed line by line, so that tail and grep work meanwhile).
+
+    Of several processes all but the first one only warn.
+    """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if log_file is not None:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if parallel.main() else logging.WARNING)
     logger.propagate = False
     return handlers
 

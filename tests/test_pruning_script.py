@@ -108,10 +108,11 @@ def test_scores_are_reused_for_another_ratio_and_refused_for_another_model(comma
     assert not Path("prune_log/third").exists()
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing_but_the_log(command, capsys):
-    assert command("--prune_mlp", "--dry_run") == 0
+def test_dry_run_prints_sizes_and_a_forecast_and_writes_nothing_but_the_log(command, capsys):
+    assert command("--prune_mlp", "--dry_run", "--test_after_prune") == 0
     output = capsys.readouterr().out
-    assert "kv 2->" in output and "predicted size" in output and "removed" in output
+    assert "budget: remove" in output and "predicted size" in output and "keeps about" in output
+    assert "layer importance" in output and "apply (repair least_squares)" in output and "evaluate pruned" in output
     files = [path for path in Path("prune_log").rglob("*") if path.is_file()]
     assert [path.name for path in files] == ["training.log"]
 
@@ -134,7 +135,7 @@ def test_every_choice_meets_the_budget(command, flag):
 def test_a_preset_sets_three_choices_and_explicit_flags_win(command):
     assert command("--preset=flap", "--prune_mlp", "--repair=none", "--dry_run") == 0
     (log,) = Path("prune_log/exp").glob("*/training.log")
-    assert "stage plan" in log.read_text() and "layer importance" not in log.read_text()
+    assert "apply (repair none)" in log.read_text() and "layer importance" not in log.read_text()
     args = script.parse(["--save_ckpt_log_name=x", "--repair", "none", "--preset", "flap"])
     assert (args.importance, args.pruning_strategy, args.repair) == ("flap", "global", "none")
 

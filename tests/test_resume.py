@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import torch
 
 import llama3_unbalanced_pruning_gqa_aware as script
 from LLMPruner.data.corpora import load_text
+from LLMPruner.files import locked
 from LLMPruner.model.checkpoint import load_checkpoint
 from LLMPruner.model.finished import FinishedLayers
+from LLMPruner.model.load import load_model
+from LLMPruner.model.source import find_model
+from LLMPruner.stages import check
 from LLMPruner.stages.journal import Journal
 
 SMALL = ["--layer_importance_samples=6", "--channel_importance_samples=8", "--calibration_seq_len=64", "--eval_seq_len=64"]
@@ -76,10 +81,11 @@ def outcome(name: str) -> tuple[dict[str, torch.Tensor], str, list]:
     return tensors, (folder / "pruning_plan.json").read_text(), metrics["ppl"]
 
 
-@pytest.mark.parametrize("flags", [PLAIN, BEST], ids=["plain", "best"])
+@pytest.mark.parametrize("flags", [PLAIN, BEST, [*PLAIN, "--stream=on", "--hidden_gb=0"]], ids=["plain", "best", "streamed"])
 def test_a_run_that_died_anywhere_ends_as_an_undisturbed_one(command, dies, flags):
+    """A streamed one as one in memory: where weights lie changes nothing."""
     kept = dies(10**6, before=False)
-    assert command(*flags, name="whole") == 0
+    assert command(*(flag for flag in flags if flag != "--stream=on"), name="whole") == 0
     wanted, total = outcome("whole"), len(kept)
     assert kept.count("layers") >= 4 and kept[-1] == "finished"
     stops = [(stop, False) for stop in range(1, total)] + [(total, True), (kept.index("layers") + 2, True)]
@@ -90,10 +96,131 @@ def test_a_run_that_died_anywhere_ends_as_an_undisturbed_one(command, dies, flag
         rest = dies(10**6, before=False)
         assert command(*flags, "--resume", name=name) == 0, kept[stop - 1]
         assert len(rest) == total - stop + before, "nothing is done twice"
+        stages = [row["stage"] for row in json.loads(Path("prune_log", name, "metrics.json").read_text())["stages"]]
+        assert {"load", "save", "evaluate pruned"} <= set(stages), "those of the run that died are told too"
         tensors, plan, ppl = outcome(name)
         assert (plan, ppl) == wanted[1:] and list(tensors) == list(wanted[0])
         assert all(value.equal(wanted[0][key]) for key, value in tensors.items()), kept[stop - 1]
         shutil.rmtree(Path("prune_log", name))
+
+
+def test_a_run_may_go_on_with_its_weights_elsewhere(command, dies):
+    assert command(*PLAIN, name="whole") == 0
+    dies(9, before=False)
+    assert command(*PLAIN, "--stream=on") == 130
+    dies(10**6, before=False)
+    assert command(*PLAIN, "--stream=off", "--resume") == 0
+    (weights, *rest), (wanted, *others) = outcome("exp"), outcome("whole")
+    assert rest == others and all(value.equal(wanted[name]) for name, value in weights.items())
+
+
+def test_a_streamed_model_is_measured_and_diagnosed_as_one_in_memory(command, data_dir, capsys):
+    import diagnose_model
+    import evaluate_models
+
+    assert command("--pruning_ratio=0.3", "--stream=on") == 0
+    path, found = "prune_log/exp/pytorch_model.bin", []
+    for stream in ("on", "off"):
+        flags = [f"--pruned_model={path}", f"--data_dir={data_dir}", "--seq_len=64", f"--stream={stream}", "--dtype=float32"]
+        assert evaluate_models.main([*flags, f"--save_results={stream}.json"]) == 0
+        found.append(json.loads(Path(f"{stream}.json").read_text())["models"])
+        capsys.readouterr()
+        diagnose_model.main([f"--model_path={path}", "--test_forward", f"--stream={stream}"])
+        told = [line for line in capsys.readouterr().out.splitlines() if "forward:" in line or "generation:" in line]
+        assert any("not run" in line for line in told) == (stream == "on")
+        found[-1] = found[-1], [line for line in told if "forward:" in line]
+    assert found[0] == found[1] and found[0][1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--preset=best"], "--pruning_strategy search needs all weights"),
+        (["--self_samples=2"], "--self_samples needs all weights"),
+        (["--distill_model_epochs=1"], "--distill_model_epochs needs all weights"),
+        (["--finetune", "--finetune_seq_len=64"], "test_finetuning.py"),
+        (["--hidden_gb=-1"], "--hidden_gb must be 0 or more"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(command, capsys, flags, words):
+    assert command("--stream=on", *flags) == 2
+    assert words in capsys.readouterr().err and not Path("prune_log").exists()
+
+
+@pytest.mark.parametrize("size", [20_000, 200_000], ids=["a layer does not fit", "the model does not fit"])
+def test_where_the_disk_is_full_nothing_is_torn_and_the_run_goes_on_later(command, capsys, size):
+    """A real limit of the size of a file, as of a small file system."""
+    assert command(*PLAIN, name="whole") == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        assert command(*PLAIN) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert "the disk is full" in error and "--resume" in error and error.count("error:") == 1
+    assert not [path for path in Path("prune_log/exp").rglob(".*") if path.is_file()], "no half-written file"
+    assert not Path("prune_log/exp/pytorch_model.bin").exists()
+    assert command(*PLAIN, "--resume") == 0
+    (weights, *rest), (wanted, *others) = outcome("exp"), outcome("whole")
+    assert rest == others and all(value.equal(wanted[name]) for name, value in weights.items())
+
+
+def test_where_memory_runs_out_the_sentence_says_what_helps(command, monkeypatch, capsys):
+    from LLMPruner.model.forward import LayerRunner
+
+    def greedy(*_):
+        return torch.empty(1 << 50)
+
+    monkeypatch.setattr(LayerRunner, "_observed", greedy)
+    assert command() == 1
+    error = capsys.readouterr().err
+    assert "memory ran out" in error and "--stream on" in error and "Traceback" not in error
+
+
+def test_two_runs_under_one_name_do_not_meet(command, capsys):
+    Path("prune_log/exp/2026-01-01_00-00-00").mkdir(parents=True)
+    with locked(Path("prune_log/exp")):
+        assert command() == 2
+    assert "another run is at work in prune_log/exp" in capsys.readouterr().err
+    assert len(list(Path("prune_log/exp").iterdir())) == 1
+    assert command() == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_finished_layer_that_is_damaged_stops_the_run_that_goes_on(command, dies, capsys, damage):
+    dies(5, before=False)
+    assert command() == 130
+    dies(10**6, before=False)
+    file = next(Path("prune_log/exp/work").glob("layer_*.safetensors"))
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-10])
+    assert command("--resume") == 1
+    assert f"{file} cannot be read" in capsys.readouterr().err
+    assert command() == 0, "without --resume it begins anew"
+
+
+@pytest.mark.parametrize("kept", ["layers", "check", "save"])
+def test_where_the_check_took_the_defaults_model_a_run_goes_on_with_that(command, dies, monkeypatch, kept):
+    def defaults(job, loaded, yardstick, record):
+        plain = check.default_job(job)
+        other = load_model(job.source, dtype="float32", device="cpu", tokenizer=loaded.tokenizer)
+        check.make_default(plain, other)
+        return plain, other
+
+    monkeypatch.setattr(check, "better", defaults)
+    seen = dies(10**6, before=False)
+    assert command(*BEST, name="whole") == 0
+    last = len(seen) - seen[::-1].index(kept)
+    dies(last, before=False)
+    assert command(*BEST) == 130
+    dies(10**6, before=False)
+    assert command(*BEST, "--resume") == 0
+    (weights, *rest), (wanted, *others) = outcome("exp"), outcome("whole")
+    assert rest == others and all(value.equal(wanted[name]) for name, value in weights.items())
+    assert find_model("prune_log/exp/pytorch_model.bin", "--m").provenance["settings"]["pruning_strategy"] == "inverse"
 
 
 def test_a_finished_run_is_left_as_it_is(command, capsys):

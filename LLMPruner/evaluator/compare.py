@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import LLMPruner
+from LLMPruner import parallel
 from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
 from LLMPruner.data.windows import evaluation_windows, read_alike
 from LLMPruner.errors import UsageError
@@ -38,7 +39,8 @@ def compare(
     windows = shared_windows(sources, tokenizers, evaluation, common.data_dir)
     results = {role: measure_model(source, tokenizers[role], windows, role, common) for role, source in sources.items()}
     parameters = {role: source.plan.total_params for role, source in sources.items()}
-    print(comparison_table(tables_of(results, parameters), lang))
+    if parallel.main():
+        print(comparison_table(tables_of(results, parameters), lang))
     costs = measure_costs(sources, tokenizers, common, efficiency) if efficiency is not None else {}
     environment = {
         "seq_len": evaluation.seq_len,
@@ -66,6 +68,7 @@ def shared_windows(
     """
     first, tokenizer = next(iter(tokenizers.items()))
     windows = evaluation_windows(tokenizer, evaluation, data_dir)
+    parallel.check_shares(*windows.values())
     for role, other in tokenizers.items():
         if len(other) != len(tokenizer) or not read_alike(tokenizer, other, evaluation, data_dir):
             raise UsageError(f"the tokenizers of --{first}_model and --{role}_model differ: their PPL cannot be compared")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from LLMPruner import parallel
+from LLMPruner.cost import Cost, Setup
 from LLMPruner.data.corpora import describe
 from LLMPruner.model.forward import LayerRunner
 
@@ -48,9 +50,9 @@ def perplexity(model: LlamaForCausalLM, windows: torch.Tensor) -> float:
 def perplexity_of(runner: LayerRunner, windows: torch.Tensor) -> float:
     """`perplexity` of a runner's model, whose weights may lie on disk."""
     losses = []
-    for part in tqdm(runner.passes(*windows.shape), desc="PPL", disable=None, leave=False):
+    for part in tqdm(runner.passes(*windows.shape), desc="PPL", disable=parallel.quiet(), leave=False):
         losses.append(runner.head.losses(runner.layers(runner.embed(windows[part])), windows[part]))
-    mean = torch.cat(losses).sum().item() / (windows.shape[0] * (windows.shape[1] - 1))
+    mean = parallel.gathered(torch.cat(losses)).sum().item() / (windows.shape[0] * (windows.shape[1] - 1))
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
 
 
@@ -63,3 +65,14 @@ def measure(runner: LayerRunner, windows: dict[str, torch.Tensor], label: str, s
         logger.info("PPL %s on %s %s: %.4f (%d windows of %d tokens)", label, describe(name), split, ppl, count, seq_len)
         results.append(Perplexity(name, split, seq_len, count, count * (seq_len - 1), ppl))
     return results
+
+
+def cost(setup: Setup, label: str, windows: int, seq_len: int, corpora: int = 1, *, pruned: bool = False) -> Cost:
+    """What measuring PPL on so many windows of each corpus costs."""
+    mine = setup.mine(windows)
+    tokens = corpora * mine * seq_len
+    work = setup.forward(tokens, seq_len, pruned=pruned) + setup.head_work(tokens)
+    batch = setup.batch(mine, seq_len)
+    device = max(setup.activations(batch), setup.logits(batch))
+    hidden = setup.hidden(setup.together(mine, seq_len), 2)
+    return Cost(f"evaluate {label}", work, device, hidden, passes=corpora, head=True, pruned=pruned)

@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from LLMPruner import parallel
+from LLMPruner.cost import Cost, Setup, Work
 from LLMPruner.errors import RunError
 from LLMPruner.families.family import Sublayer
 from LLMPruner.methods.gqa_aware import group_scores
@@ -195,11 +197,12 @@ def _moments(runner: LayerRunner, windows: torch.Tensor, *, gram: bool) -> Itera
     """The moments of every layer's o_proj and down_proj inputs."""
     from LLMPruner.methods.moments import Moments
 
-    hidden = runner.embed(windows)
+    hidden = runner.embed(parallel.mine(windows))
     for index in range(runner.num_layers):
         attention, mlp = gathered = Moments(gram=gram), Moments(gram=gram)
         for sublayer, moments in zip(runner.table.sublayers, gathered, strict=True):
             hidden = _add_moments(runner, index, sublayer, hidden, moments, weighted=gram)
+            moments.pool()
         yield attention, mlp
 
 
@@ -233,4 +236,27 @@ def gate_statistics(runner: LayerRunner, geometry: Geometry, windows: torch.Tens
 
     runner.gate_gradients(windows, visit)
     tokens = windows.numel()
-    return [(groups / tokens, channels / tokens) for groups, channels in sums]
+    return [tuple(parallel.summed(total) / tokens for total in layer) for layer in sums]
+
+
+def cost(setup: Setup, importance: str, windows: int, seq_len: int) -> Cost:
+    """What scoring the units costs: gate gradients take a forward and a way back, moments a forward and their products."""
+    needs, layers, tokens = CRITERIA[importance].needs, setup.geometry.num_layers, setup.mine(windows) * seq_len
+    together, batch = setup.together(setup.mine(windows), seq_len), setup.batch(windows, seq_len)
+    columns, hidden = setup.columns(pruned=False), setup.geometry.hidden_size
+    if needs is None:
+        return Cost("plan", Work(traffic=setup.weights()), 6 * setup.layer_params(), passes=int(CRITERIA[importance].weights))
+    if needs == "gates":
+        gates = Work(traffic=24 * tokens * sum(columns), calls=20 * -(-tokens // batch))
+        work = setup.forward(tokens, seq_len) + (setup.backward(tokens, seq_len) + gates) * layers
+        work += setup.head_work(tokens, gradient=True)
+        device = max(setup.activations(batch, gradient=True), setup.logits(batch, gradient=True))
+        return Cost("plan", work, device, setup.hidden(together, layers + 2), passes=2, head=True)
+    work = setup.forward(tokens, seq_len) + Work(traffic=layers * tokens * sum(columns) * 3 * setup.itemsize)
+    device = max(setup.activations(batch), setup.observed(batch))
+    if needs == "gram":  # of both sublayers; OBS factors, inverts and updates in float64
+        work += Work(product=2 * layers * tokens * sum(width**2 for width in columns))
+        work += Work(double=layers * sum(width**3 + 2 * width**2 * (width + hidden) for width in columns))
+        solved = 8 * max(columns) * (3 * max(columns) + hidden) if importance == "obs" else 0
+        device = 4 * sum(width**2 for width in columns) + max(device, solved)
+    return Cost("plan", work, device, setup.hidden(setup.mine(windows) * seq_len, 3), passes=1)

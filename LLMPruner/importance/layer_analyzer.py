@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from LLMPruner import parallel
+from LLMPruner.cost import Cost, Setup, Work
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.files import read_json_file, write_json
 
@@ -68,7 +70,8 @@ def removal(runner: LayerRunner, windows: torch.Tensor) -> list[float]:
     import torch
 
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    losses = torch.cat([_losses_without_each(runner, windows[part]) for part in _passes(runner, windows)], 1)  # (L + 1, n)
+    losses = torch.cat([_losses_without_each(runner, windows[part]) for part in _passes(runner, windows)], 1)
+    losses = parallel.gathered(losses.T).T.contiguous()  # (L + 1, n)
     *without, base = (losses.sum(1) / tokens).tolist()
     return [loss - base for loss in without]
 
@@ -103,9 +106,11 @@ def _mean_per_layer(
     runner: LayerRunner, windows: torch.Tensor, measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> list[float]:
     """The mean of what `measure` gives each token `(n, seq_len)`, from the float32 streams before and after a layer."""
+    import torch
+
     from LLMPruner.model.hidden import fetch
 
-    sums = [0.0] * runner.num_layers
+    sums = torch.zeros(runner.num_layers, dtype=torch.float64)
     for part in _passes(runner, windows):
         hidden = runner.embed(windows[part])
         for index in range(runner.num_layers):
@@ -114,7 +119,7 @@ def _mean_per_layer(
                 pair = (fetch(stream, batch, runner.device).float() for stream in (hidden, after))
                 sums[index] += measure(*pair).double().sum().item()
             hidden = after
-    return [total / windows.numel() for total in sums]
+    return (parallel.summed(sums) / windows.numel()).tolist()
 
 
 LAYER_METHODS: dict[str, Callable[[LayerRunner, torch.Tensor], list[float]]] = {
@@ -137,4 +142,17 @@ def analyze_layers(runner: LayerRunner, windows: torch.Tensor, method: str, **re
 def _passes(runner: LayerRunner, windows: torch.Tensor) -> Any:
     from tqdm import tqdm
 
-    return tqdm(runner.passes(*windows.shape), desc="layer importance", disable=None, leave=False)
+    return tqdm(runner.passes(*windows.shape), desc="layer importance", disable=parallel.quiet(), leave=False)
+
+
+def cost(setup: Setup, method: str, windows: int, seq_len: int) -> Cost:
+    """What scoring the layers costs. Of removal: layer i carries i + 1 streams, and the head all in the end."""
+    layers, tokens = setup.geometry.num_layers, setup.mine(windows) * seq_len
+    together, batch = setup.together(setup.mine(windows), seq_len), setup.batch(windows, seq_len)
+    device = setup.activations(batch)
+    if method != "removal":  # two streams in float32 are compared
+        work = setup.forward(tokens, seq_len) + Work(traffic=layers * tokens * setup.geometry.hidden_size * 32)
+        return Cost("layer importance", work, device, setup.hidden(together, 3), passes=1)
+    work = setup.layer(tokens, seq_len) * (layers * (layers + 1) // 2) + setup.head_work(tokens) * (layers + 1)
+    hidden = setup.hidden(together, layers + 2)
+    return Cost("layer importance", work, max(device, setup.logits(batch)), hidden, passes=1, head=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from LLMPruner import parallel
 from LLMPruner.data.windows import held_out_tokens
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import output_columns, output_projection, slice_sublayer
@@ -26,10 +28,12 @@ logger = logging.getLogger("LLMPruner")
 
 @dataclass
 class Streams:
-    """Hidden states `(n, seq_len, hidden)` of the calibration windows in the dense and in the pruned model."""
+    """This process's calibration windows: hidden states `(n, seq_len, hidden)` in the dense and in the pruned model, and
+    which tokens `(n, seq_len)` are held out."""
 
     dense: torch.Tensor
     pruned: torch.Tensor
+    held_out: torch.Tensor
 
 
 @torch.no_grad()
@@ -55,16 +59,17 @@ def apply_plan(
     if method is None:
         distill_epochs = distill_model_epochs = 0
     taught = distill_model_epochs and _drifts(plan, layers)
-    last = [TAUGHT if taught else _state(plan, block, distill_epochs) for block in _blocks(len(layers)) for _ in block]
+    last = [TAUGHT] * len(layers) if taught else list(_last_states(plan, distill_epochs))
     if method is None or all(_finished(runner, index) == state for index, state in enumerate(last)):
         for index in layers:
             _slice_layer(runner, index, plan)
         return
-    streams, learning = _streams(runner, windows), _Learning(held_out_tokens(*windows.shape), seed)
+    streams = _streams(runner, windows)
+    learning = _Learning(streams.held_out, seed)
     for block in _blocks(len(layers)):
         learns = _state(plan, block, distill_epochs) == DISTILLED
         entering = streams.pruned if learns else None  # one stream is gigabytes: none is held without need
-        for index in tqdm(block, desc=f"apply {block[0]} to {block[-1]}", disable=None, leave=False):
+        for index in tqdm(block, desc=f"apply {block[0]} to {block[-1]}", disable=parallel.quiet(), leave=False):
             _heal_layer(runner, index, plan, method, streams)
         if learns:
             learning.distill(runner, block, entering, streams, DISTILLED, distill_epochs)
@@ -80,6 +85,13 @@ def _state(plan: PruningPlan, layers: range, epochs: int) -> str:
     """What is done to a block of layers: it learns where something of it is left, and something up to its end is not."""
     left = any(plan.counts(part.name)[index] for index in layers for part in plan.geometry.table.sublayers)
     return DISTILLED if epochs and left and _drifts(plan, layers) else HEALED
+
+
+def _last_states(plan: PruningPlan, epochs: int) -> Iterator[str | None]:
+    """What is done to each layer where the model as a whole does not learn; None: nothing."""
+    for block in _blocks(plan.geometry.num_layers):
+        state = _state(plan, block, epochs)
+        yield from (state if state == DISTILLED or _drifts(plan, range(index + 1)) else None for index in block)
 
 
 def _drifts(plan: PruningPlan, layers: range) -> bool:
@@ -119,8 +131,8 @@ class _Learning:
 
 
 def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
-    hidden = runner.embed(windows)
-    return Streams(hidden, hidden)
+    hidden = runner.embed(parallel.mine(windows))
+    return Streams(hidden, hidden, parallel.mine(held_out_tokens(*windows.shape)))
 
 
 def _blocks(num_layers: int) -> Iterator[range]:
@@ -135,7 +147,8 @@ def _heal_layer(runner: LayerRunner, index: int, plan: PruningPlan, method: Repa
     if _finished(runner, index) is not None:
         _pass_finished(runner, index, plan, streams)
         return
-    with runner.store.edited((index,), HEALED):
+    touched = _drifts(plan, range(index + 1))
+    with runner.store.edited((index,), HEALED) if touched else nullcontext():
         for sublayer in runner.table.sublayers:
             _heal(runner, sublayer, index, plan, method, streams)
 
@@ -191,10 +204,10 @@ def _slice_layer(runner: LayerRunner, index: int, plan: PruningPlan) -> None:
     """Slice a layer, or take it as a run that died left it."""
     if _finished(runner, index) is not None:
         runner.store.restore(index, plan)
-        return
-    with runner.store.edited((index,), HEALED):
-        for sublayer in runner.table.sublayers:
-            _slice(runner, sublayer, index, plan)
+    elif any(plan.counts(part.name)[index] < plan.geometry.units(part.name) for part in runner.table.sublayers):
+        with runner.store.edited((index,), HEALED):
+            for sublayer in runner.table.sublayers:
+                _slice(runner, sublayer, index, plan)
 
 
 def keep_layers(runner: LayerRunner) -> None:
@@ -220,7 +233,7 @@ def _evidence(
     """
     columns = output_columns(sublayer, plan.layers[index].kept(sublayer.name), plan.geometry).to(runner.device)
     dense, pruned, answer = streams.dense, streams.pruned, runner.home.empty_like(streams.dense)
-    held = held_out_tokens(*dense.shape[:2]).to(runner.device)
+    held = streams.held_out.to(runner.device)
     with runner.store.layer(index) as layer:
         projection = output_projection(layer, sublayer)
         chosen = columns if method.solves and len(columns) < projection.in_features else None
@@ -247,11 +260,14 @@ def _evidence(
             for moments, tokens in ((fit, ~out), (held_out, out)):
                 wanted = None if targets is None else targets.flatten(0, 1)[tokens]
                 moments.add(inputs.flatten(0, 1)[tokens], targets=wanted)
+        for moments in (fit, held_out):
+            moments.pool()
         return Evidence(projection.weight.detach(), columns, fit, held_out), answer
 
 
 def _assign(linear: nn.Linear, healed: Healed) -> None:
-    linear.weight.data = healed.weight.contiguous()
+    """Give a projection what was solved for it: all processes take the first one's, for other devices round otherwise."""
+    linear.weight.data = parallel.from_main(healed.weight.contiguous())
     if healed.bias is not None:
         old = 0 if linear.bias is None else linear.bias.detach()
-        linear.bias = nn.Parameter(old + healed.bias, requires_grad=False)
+        linear.bias = nn.Parameter(old + parallel.from_main(healed.bias), requires_grad=False)

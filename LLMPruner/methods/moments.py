@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from LLMPruner import parallel
+
 if TYPE_CHECKING:  # the command line reads the registries that use this and must not wait for torch
     import torch
 
@@ -37,8 +39,7 @@ class Moments:
         self._first = _plus(self._first, inputs.sum(0, dtype=torch.float32))
         self._tokens.append((inputs, targets))
         self.count += inputs.shape[0]
-        width = inputs.shape[1] if self._kept is None else len(self._kept)
-        if not self._full or targets is None or self._second is not None or self.count >= width:
+        if not self._full or targets is None or self._second is not None or not self._are_few(inputs):
             self.multiply()
 
     def multiply(self) -> None:
@@ -53,6 +54,22 @@ class Moments:
             if targets is not None:
                 with _exact_products(inputs, targets):
                     self._cross = _plus_product(self._cross, targets.float(), chosen)
+
+    def pool(self) -> None:
+        """Make these the moments of all processes' inputs: each has added its own, if only none, and calls this."""
+        import torch
+
+        if parallel.count() == 1:
+            return
+        self._first = parallel.summed(self._first)
+        self.count = int(parallel.summed(torch.tensor(self.count)))
+        if self._tokens and self._are_few(self._tokens[0][0]):  # in all processes: none has more than all together
+            self._tokens = [tuple(parallel.gathered(torch.cat(part)) for part in zip(*self._tokens, strict=True))]
+            return
+        self.multiply()
+        self._second = parallel.summed(self._second)
+        if self._cross is not None:
+            self._cross = parallel.summed(self._cross)
 
     def tokens(self, outputs: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
         """x_S `(count, k)` and those `outputs` of y `(count, n)` in float32, where the tokens stayed as they are; else None."""
@@ -79,6 +96,10 @@ class Moments:
             with _exact_products(batch[0], factor):
                 total = _plus_product(total, factor[:, which].float(), self._chosen(batch[0]))
         return total
+
+    def _are_few(self, inputs: torch.Tensor) -> bool:
+        """Whether the tokens are fewer than the Gram matrix has columns."""
+        return self.count < (inputs.shape[1] if self._kept is None else len(self._kept))
 
     def _chosen(self, inputs: torch.Tensor) -> torch.Tensor:
         """The columns S of a batch, float32 `(tokens, k)`."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from LLMPruner import parallel
 from LLMPruner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ def resolve_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if parallel.count() == 1:
+            return torch.device(name)
+    if parallel.count() > 1:
+        name = _own_device(name)
     try:
         device = torch.device(name)
         if device.type == "meta":
@@ -28,6 +33,25 @@ def resolve_device(name: str) -> torch.device:
     except Exception as error:  # torch raises RuntimeError, AssertionError and others for one and the same thing
         raise UsageError(f"--device {name} is not available here: use cpu, cuda, cuda:N, mps or auto") from error
     return device
+
+
+def _own_device(name: str) -> str:
+    """The device of this process among those of its machine: a GPU each, which then is what `cuda` means everywhere."""
+    import torch
+
+    if name not in ("cpu", "cuda"):
+        raise UsageError(
+            f"--device {name} is for one process: several compute on a GPU each or on the CPU, use cuda, cpu or auto"
+        )
+    place, processes = parallel.local()
+    if name == "cuda" and torch.cuda.device_count() < processes:
+        raise UsageError(
+            f"{processes} processes on a machine with {torch.cuda.device_count()} GPUs: start one for each, or use --device cpu"
+        )
+    if name == "cuda":
+        torch.cuda.set_device(place)
+        return f"cuda:{place}"
+    return name
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -6,12 +6,12 @@ only then do the old files go: whenever the process dies, the index names whole 
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from LLMPruner import parallel
 from LLMPruner.errors import RunError
 from LLMPruner.files import write_atomically, write_json
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 INDEX = "layers.json"
+UNCHANGED = "unchanged"  # a layer that is here for its precision alone
 
 
 class FinishedLayers:
@@ -36,28 +37,35 @@ class FinishedLayers:
         return index in self._entries
 
     def state(self, index: int) -> str | None:
-        """What was done to a layer; None where it is not finished."""
-        return self._entries.get(index, {}).get("state")
+        """What was done to a layer; None where that is nothing, or not finished."""
+        state = self._entries.get(index, {}).get("state")
+        return None if state == UNCHANGED else state
 
     def write(self, layers: Mapping[int, nn.Module], state: str) -> None:
-        """Keep the layers, all or, where the process dies, none of them."""
-        from safetensors.torch import save_file
-
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Keep the layers, all or, where the process dies, none of them; of several processes the first one writes."""
         entries, replaced = dict(self._entries), []
         for index, layer in layers.items():
             name = f"layer_{index:03d}.safetensors"
             if entries.get(index, {}).get("file") == name:
                 name = f"layer_{index:03d}_2.safetensors"
             replaced += [entries[index]["file"]] if index in entries else []
-            tensors = {key: value.detach().contiguous() for key, value in layer.state_dict().items()}
-            write_atomically(self.folder / name, lambda path, tensors=tensors: save_file(tensors, path))
             entries[index] = {"file": name, "state": state}
-        write_json(self.folder / INDEX, {str(index): entry for index, entry in sorted(entries.items())})
+            if parallel.main():
+                self._write_layer(name, layer)
+        if parallel.main():
+            write_json(self.folder / INDEX, {str(index): entry for index, entry in sorted(entries.items())})
         self._entries = entries
-        for name in replaced:
-            with contextlib.suppress(FileNotFoundError):
-                (self.folder / name).unlink()
+        parallel.wait()  # before that the new files may not be there, and after it nobody reads the old ones
+        if parallel.main():
+            for name in replaced:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _write_layer(self, name: str, layer: nn.Module) -> None:
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.detach().contiguous() for key, value in layer.state_dict().items()}
+        write_atomically(self.folder / name, lambda path: save_file(tensors, path))
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
         """A layer's tensors by their names within it, mapped into memory."""

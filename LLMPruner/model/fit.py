@@ -6,7 +6,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from LLMPruner import parallel
 from LLMPruner.config import CommonConfig
+from LLMPruner.cost import BATCH_TOKENS, Setup
 from LLMPruner.memory import available_memory
 from LLMPruner.model.device import resolve_device, resolve_dtype
 from LLMPruner.model.source import ModelSource
@@ -22,20 +24,20 @@ class Streaming:
     limit: int
 
 
-def streaming(
-    source: ModelSource, common: CommonConfig, folder: Path, *, beside: int = 0, able: bool = True
-) -> Streaming | None:
-    """How the weights of `source` stay on disk, as `--stream` says; None where they are loaded.
+def streaming(source: ModelSource, common: CommonConfig, folder: Path) -> Streaming | None:
+    """How the weights of a model that is only looked at stay on disk, as `--stream` says; None where they are loaded.
 
-    `auto` streams what is `able` to where the weights and the `beside` bytes of what is computed from them exceed the free
-    memory of the device.
+    `auto` streams where the weights and a batch's activations exceed the free memory of the device. Of a pruning run the
+    forecast decides (stages/forecast.py).
     """
-    if common.stream == "off" or (common.stream == "auto" and not able):
+    if common.stream == "off":
         return None
     device = resolve_device(common.device)
     if common.stream == "auto":
-        needed = source.plan.total_params * resolve_dtype(common.dtype, device).itemsize + beside
-        free = available_memory(str(device))
+        size = resolve_dtype(common.dtype, device).itemsize
+        setup = Setup(source.geometry, size, cpu=device.type == "cpu")
+        needed = source.plan.total_params * size + max(setup.activations(BATCH_TOKENS), setup.logits(BATCH_TOKENS))
+        free = parallel.least(available_memory(str(device)))  # all processes decide alike, before one fills what they share
         if needed <= free:
             return None
         logger.info("the model needs %.1f GB of %s memory, %.1f GB are free: it is streamed", needed / 1e9, device, free / 1e9)

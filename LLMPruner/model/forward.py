@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
+from LLMPruner import parallel
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import is_removed, output_projection
 from LLMPruner.memory import out_of_memory
@@ -89,9 +90,11 @@ class LayerRunner:
             start = part.stop
 
     def passes(self, count: int, seq_len: int) -> list[slice]:
-        """Slices over `count` windows that go through all layers together: those of a batch where the weights are at hand, all
-        where they are read from disk, so that each layer is read once."""
-        return list(self.batches(count, seq_len)) if self.store.resident else [slice(0, count)]
+        """Slices over this process's share of `count` windows that go through all layers together: those of a batch where the
+        weights are at hand, all where they are read from disk, so that each layer is read once."""
+        mine = parallel.share(count)
+        parts = self.batches(mine.stop - mine.start, seq_len) if self.store.resident else [slice(0, mine.stop - mine.start)]
+        return [slice(mine.start + part.start, mine.start + part.stop) for part in parts]
 
     @torch.no_grad()
     def embed(self, windows: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from LLMPruner.config import ExportConfig
+from LLMPruner.cost import Cost, Setup, Work
 from LLMPruner.model.device import DTYPES, resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
@@ -36,3 +37,34 @@ def export_bytes(params: int, export: ExportConfig, dtype: str, device: str) -> 
     """An upper estimate of the size of all exports of a model whose dense form has `params` parameters."""
     types = ["float32" if form == "gguf" and export.gguf_type == "f32" else dtype for form in export.formats]
     return sum(checkpoint_bytes(params, name, device) for name in types)
+
+
+LIBRARIES = 520_000_000  # bytes of main memory that Python, torch and transformers take themselves
+LOADING = 8.0  # seconds of imports, of the tokenizer and of cutting windows, whatever the model
+
+
+def load_cost(setup: Setup) -> Cost:
+    """What loading costs; of a streamed model nothing but headers is read. Rough: text is taken to be of a common size."""
+    size = setup.geometry.dense_params
+    if not setup.resident:
+        return Cost("load", waits=LOADING)
+    host = 0 if setup.cpu or setup.itemsize == setup.stored else size * setup.itemsize  # as it is, a file is mapped
+    return Cost(
+        "load", Work(traffic=size * (setup.stored + setup.itemsize)), host=host, read=size * setup.stored, waits=LOADING
+    )
+
+
+def save_cost(setup: Setup) -> Cost:
+    """What writing our `.bin` costs: from a GPU, all weights are in main memory first."""
+    size = setup.weights(pruned=True)
+    host = 0 if setup.cpu or not setup.resident else size
+    return Cost("save", host=host, read=0 if setup.resident else size, written=size, left=size, pruned=True)
+
+
+def export_cost(setup: Setup, export: ExportConfig) -> Cost:
+    """What the exports cost: rough, for a padded one may be as large as the dense model, which is taken here."""
+    size = 0
+    for form in export.formats:
+        width = 4 if form == "gguf" and export.gguf_type == "f32" else setup.itemsize
+        size += setup.weights(pruned=form != "padded") // setup.itemsize * width
+    return Cost("export", host=min(size, 5 << 30), written=size, left=size, pruned=True)

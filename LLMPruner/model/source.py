@@ -19,7 +19,7 @@ from LLMPruner.files import existing_path, remove_leftovers
 from LLMPruner.model.checkpoint import read_meta
 from LLMPruner.model.directory import inspect_directory
 from LLMPruner.model.gguf import GGUFModel, inspect_gguf
-from LLMPruner.model.weights import warn_of_others, weight_names
+from LLMPruner.model.weights import has_weights, warn_of_others, weight_names
 from LLMPruner.plan import Geometry, PruningPlan
 
 if TYPE_CHECKING:
@@ -69,11 +69,12 @@ class ModelSource:
         return digest.hexdigest()[:32]
 
 
-def find_model(path: str | None, flag: str, *, faulty: bool = False) -> ModelSource:
+def find_model(path: str | None, flag: str, *, faulty: bool = False, config_alone: bool = False) -> ModelSource:
     """Inspect a HF directory, a `.gguf`, one of our `.bin`s, or a hub id; None or "embedded" means SmolLM2-135M.
 
     Raises UsageError when there is no model of a known family to be found there, DamagedError where its weights are not what
-    its config describes; `faulty` passes over these, for a diagnosis.
+    its config describes; `faulty` passes over these, for a diagnosis; with `config_alone` a directory
+    need have none, for a forecast.
     """
     if path is None or path == EMBEDDED:
         return _of_gguf(_embedded_model(flag))
@@ -81,7 +82,7 @@ def find_model(path: str | None, flag: str, *, faulty: bool = False) -> ModelSou
     if not place.exists():
         remove_leftovers(place)  # an export that died between two renames comes back
     if place.is_dir():
-        return _of_directory(place, faulty=faulty)
+        return _of_directory(place, faulty=faulty, weights=has_weights(place) or not config_alone)
     if place.is_file():
         if place.suffix == ".gguf":
             return _of_gguf(place)
@@ -123,9 +124,10 @@ def _embedded_model(flag: str) -> Path:
     return Path(spec.submodule_search_locations[0], EMBEDDED_MODEL)
 
 
-def _of_directory(folder: Path, repo: str | None = None, *, faulty: bool = False) -> ModelSource:
-    found = inspect_directory(folder, weights=repo is None, faulty=faulty)
-    if repo is None:
+def _of_directory(folder: Path, repo: str | None = None, *, faulty: bool = False, weights: bool = True) -> ModelSource:
+    weights = weights and repo is None
+    found = inspect_directory(folder, weights=weights, faulty=faulty)
+    if weights:
         warn_of_others(folder)
     return ModelSource(folder, "hf", found.geometry, found.plan, found.meta, found.config, repo)
 

@@ -89,6 +89,9 @@ class Store:
             self._rotary[key] = self.model.model.rotary_emb(hidden, position_ids=positions)
         return self._rotary[key]
 
+    def settle(self) -> None:
+        """Make ready for all weights to be written."""
+
     def requires_grad_(self, requires: bool) -> None:
         """Whether autograd is to follow the weights."""
         self.model.requires_grad_(requires)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from LLMPruner.errors import RunError
-from LLMPruner.model.finished import FinishedLayers
+from LLMPruner.model.finished import UNCHANGED, FinishedLayers
 from LLMPruner.model.hidden import Home
 from LLMPruner.model.store import Store
 
@@ -151,6 +151,14 @@ class StreamedStore(Store):
         """Token ids `(n, seq_len)` to what enters layer 0, `(n, seq_len, hidden)`: only their rows are read."""
         weight = self._tensors[f"{self.table.embedding}.weight"]
         return functional.embedding(ids.cpu(), weight).to(self._dtype).to(self._device)
+
+    def settle(self) -> None:
+        """Cast the layers that nobody changed on disk, one at a time, where that is needed: else all would be cast in memory
+        together when `tensors` are written."""
+        for index in sorted(self._dense):
+            if any(value.dtype != self._dtype for value in self._mapped_layer(index).values()):
+                with self.edited((index,), UNCHANGED):
+                    pass
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and values of all weights, mapped into memory; a head that is the embedding again is left out."""

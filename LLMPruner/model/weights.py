@@ -59,6 +59,11 @@ def weight_names(folder: Path, *, assumed: bool = False) -> list[str]:
     )
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a directory has weight files, or names some."""
+    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+
+
 def warn_of_others(folder: Path) -> None:
     """Say what lies beside the weights and is not read, where transformers would read it."""
     names = weight_names(folder)

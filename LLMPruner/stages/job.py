@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from LLMPruner import parallel
 from LLMPruner.config import (
     EXPORT_FORMATS,
     PROVENANCE_FILE,
@@ -27,7 +28,6 @@ from LLMPruner.importance.layer_analyzer import LayerImportance
 from LLMPruner.importance.search.state import STATE_FORMAT, SearchState
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model.device import resolve_device
-from LLMPruner.model.fit import Streaming, streaming
 from LLMPruner.model.size import checkpoint_bytes, export_bytes
 from LLMPruner.model.source import ModelSource, check_seq_len
 from LLMPruner.stages.journal import FREE, SEARCH_FILE, open_journal
@@ -54,7 +54,7 @@ class PruneJob:
     @property
     def measures(self) -> bool:
         """Whether any PPL is to be reported; fine-tuning without one would be blind."""
-        return not self.dry_run and (self.test_original or self.test_pruned or self.finetune is not None)
+        return self.test_original or self.test_pruned or self.finetune is not None
 
     @property
     def analyzes(self) -> bool:
@@ -89,10 +89,6 @@ class PruneJob:
         """The job with the settings that depend on its device."""
         return replace(self, prune=self.prune.sized(resolve_device(self.common.device).type))
 
-    def streaming(self, folder: Path) -> Streaming | None:
-        """How the weights stay on disk, changed ones in `folder`; None where they are loaded."""
-        return streaming(self.source, self.common, folder, able=not self.unstreamable)
-
     @property
     def unstreamable(self) -> str | None:
         """What of the job needs all weights at once; None where nothing does."""
@@ -104,6 +100,11 @@ class PruneJob:
         }
         return next((flag for flag, so in wanted.items() if so), None)
 
+    @property
+    def undivided(self) -> str | None:
+        """What of the job one process does alone; None where several can share all of it."""
+        return self.unstreamable or ("--distill_epochs" if self.distills else None)
+
     def windows(self, tokenizer: Any) -> PruneWindows:
         """The token windows of every stage."""
         return prune_windows(
@@ -113,7 +114,7 @@ class PruneJob:
             analyzes=self.analyzes,
             calibrates=self.calibrates,
             evaluation=self.evaluation if self.measures else None,
-            finetune=None if self.dry_run else self.finetune,
+            finetune=self.finetune,
         )
 
 
@@ -149,6 +150,8 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
     if job.source.is_pruned:
         raise UsageError(f"{job.source.path} is pruned already: prune the dense model it came from with a larger ratio")
     _check_lengths(job)
+    if parallel.count() > 1 and job.undivided:
+        raise UsageError(f"{job.undivided} is work for one process: run without it, or without the launcher")
     if job.common.stream == "on" and job.unstreamable:
         raise UsageError(
             f"{job.unstreamable} needs all weights in memory at once: run without it, or without --stream on"
@@ -162,6 +165,8 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
                 f"{folder / MODEL_FILE} would no longer fit the plan beside it: choose another name, or save this model too"
             )
     budget = make_budget(geometry, config)
+    if job.dry_run:  # neither weights nor text need be there
+        return budget, None
     if job.resume:
         done = open_journal(job, folder).done
         if config.pruning_strategy == "search" and not {"plan", "finished"} & done.keys():
@@ -172,9 +177,9 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
         importance = LayerImportance.load(file, job.source.fingerprint(), geometry.num_layers)
     for corpus, split, seq_len in _corpora(job):
         check_corpus(corpus, job.common.data_dir, split, seq_len, job.common.text_format)
-    if not job.dry_run:
-        sizes = [geometry.dense_params - budget.target] * (job.save + job.saves_finetuned)
-        _check_space(job, sizes, folder)
+    # the layers that are finished lie beside the model until the end
+    sizes = [geometry.dense_params - budget.target] * (1 + job.save + job.saves_finetuned)
+    _check_space(job, sizes, folder)
     return budget, importance
 
 

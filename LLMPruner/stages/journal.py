@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from LLMPruner import parallel
 from LLMPruner.errors import UsageError
 from LLMPruner.files import read_json_file, write_atomically, write_json
 
@@ -48,13 +49,29 @@ def journal_key(job: PruneJob) -> dict[str, Any]:
 class Journal:
     """The finished stages of the run in `folder`, by name, and what they found. Without a folder nothing is kept."""
 
-    def __init__(self, folder: Path | None, key: Mapping[str, Any], done: Mapping[str, Any] | None = None) -> None:
-        self.folder, self.key, self.done = folder, dict(key), dict(done or {})
+    def __init__(
+        self,
+        folder: Path | None,
+        key: Mapping[str, Any],
+        done: Mapping[str, Any] | None = None,
+        stages: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        self.folder, self.key, self.done, self.stages = folder, dict(key), dict(done or {}), list(stages)
+
+    def follow(self, stages: list[dict[str, Any]]) -> None:
+        """Keep the records of a run's stages, after those of the run that it continues."""
+        stages[:0] = self.stages
+        self.stages = stages
 
     @property
     def work(self) -> Path:
         """The folder of finished layers and written text."""
         return self.folder / WORK
+
+    @property
+    def defaults(self) -> Path:
+        """The folder of the layers of the defaults' model, where the check of a search took that."""
+        return self.work / "defaults"
 
     @property
     def finished(self) -> bool:
@@ -64,8 +81,12 @@ class Journal:
     def begin(self, text: str, *, resumed: bool) -> None:
         """Start, or go on with, the run on the text of this fingerprint. What another run left is removed.
 
-        Raises UsageError where a run is continued on other text.
+        Raises UsageError where a run is continued on other text, and where a process of the run was given something else.
         """
+        if parallel.from_main([self.key, text]) != [self.key, text]:  # on another machine the same path may be another model
+            raise UsageError(
+                "the processes of this run read different models, texts or settings: make them the same everywhere"
+            )
         if self.folder is None:
             return
         if self.done:
@@ -73,16 +94,18 @@ class Journal:
             _check_same({name: self.done.get("text")}, {name: text})
             logger.info("resuming after: %s", ", ".join(self.done))
             return
-        shutil.rmtree(self.work, ignore_errors=True)
-        if not resumed:
+        if parallel.main():
+            shutil.rmtree(self.work, ignore_errors=True)
+        if parallel.main() and not resumed:
             (self.folder / SEARCH_FILE).unlink(missing_ok=True)
         self.record("text", text)
+        parallel.wait()  # until what was there before is gone
 
     def record(self, name: str, found: Any = True) -> None:
         """A stage is done; `found`, plain values, is what it found."""
         self.done[name] = found
-        if self.folder is not None:
-            write_json(self.folder / JOURNAL_FILE, {"key": self.key, "done": self.done})
+        if self.folder is not None and parallel.main():
+            write_json(self.folder / JOURNAL_FILE, {"key": self.key, "done": self.done, "stages": self.stages})
 
     def once(
         self,
@@ -91,12 +114,15 @@ class Journal:
         dump: Callable[[Any], Any] = lambda x: x,
         load: Callable[[Any], Any] = lambda x: x,
     ) -> Any:
-        """What `make` gives, or gave in the run that is continued; `dump` and `load` turn it into plain values and back."""
+        """What `make` gives, or gave in the run that is continued; `dump` and `load` turn it into plain values and back.
+
+        Several processes go on with what the first one made.
+        """
         if name in self.done:
             return load(self.done[name])
         made = make()
-        self.record(name, dump(made))
-        return made
+        self.record(name, parallel.from_main(dump(made)))
+        return made if parallel.main() else load(self.done[name])
 
     def windows(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Like `once`, for token windows."""
@@ -114,8 +140,9 @@ class Journal:
 
     def finish(self) -> None:
         """The run is over."""
+        parallel.wait()  # until nobody reads from what is removed
         self.record("finished")
-        if self.folder is not None:
+        if self.folder is not None and parallel.main():
             shutil.rmtree(self.work, ignore_errors=True)
 
 
@@ -137,7 +164,7 @@ def open_journal(job: PruneJob, folder: Path) -> Journal:
     if "finished" in data["done"] and data["key"] != key:
         return Journal(folder, key)  # nothing to go on with, unless its search can be
     _check_same(data["key"], key)
-    return Journal(folder, key, data["done"])
+    return Journal(folder, key, data["done"], data.get("stages", ()))
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

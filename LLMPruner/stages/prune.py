@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from LLMPruner import parallel
 from LLMPruner.data.windows import PruneWindows
 from LLMPruner.importance.budget import Budget, level_limits
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance
 from LLMPruner.model.finished import FinishedLayers
+from LLMPruner.model.fit import Streaming
 from LLMPruner.model.load import load_model, load_tokenizer
 from LLMPruner.model.source import check_token_ids
 from LLMPruner.plan import PruningPlan
 from LLMPruner.stages import check, records, steps
+from LLMPruner.stages.forecast import Forecast, foresee, log_budget, log_comparison, log_forecast
 from LLMPruner.stages.job import MODEL_FILE, PruneJob, check_exports, load_search, search_key
 from LLMPruner.stages.journal import SEARCH_FILE, Journal, open_journal
 from LLMPruner.stages.recover import train_and_save
@@ -39,17 +42,16 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     Returns the pruned (and fine-tuned) model.
     """
     job = job.sized()
-    journal = Journal(None, {}) if job.dry_run else open_journal(job, run.dir)
-    loaded, windows = _load(job, run, budget, journal)
+    journal = open_journal(job, run.dir)
+    journal.follow(run.stages)
+    forecast, loaded, windows = _load(job, run, budget, journal)
     results: dict[str, list[Perplexity]] = {}
-    if job.test_original and not job.dry_run:
+    if job.test_original:
         results["original"] = _measured(job, run, loaded, windows, journal, "original")
     if job.analyzes:
         importance = _scored(job, run, loaded, windows, journal)
     plan, yardstick = _decide(job, run, loaded, budget, importance, windows, journal)
     records.report_plan(run, plan, budget)
-    if job.dry_run:
-        return loaded
     records.describe(job, run, plan, importance)
     job, loaded = _healed(job, run, loaded, plan, yardstick, windows, journal)
     yardstick = None
@@ -59,36 +61,36 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
         records.report_plan(run, plan, budget)
         records.describe(job, run, plan, None)
     records.record(job, loaded, journal.once("command", lambda: run.command))
+    if job.save or job.export.formats:
+        loaded.store.settle()
     if job.save:  # before anything that may take long or fail
         journal.once("save", lambda: steps.save(run, loaded, MODEL_FILE))
     if job.test_pruned or job.finetune is not None:
         results["pruned"] = _measured(job, run, loaded, windows, journal, "pruned")
     records.save_results(run, results)
     if job.finetune is not None:
-        _finetune(job, run, loaded, windows.finetuning)
-        results["finetuned"] = steps.measure(run, loaded, windows.evaluation, "finetuned", job.common.split("test"))
-        records.save_results(run, results)
+        _finetune(job, run, loaded, windows, results)
     if results:
         records.log_table(plan, results)
     steps.export(run, loaded, job.export)
+    log_comparison(forecast, run)
     journal.finish()
     return loaded
 
 
-def _load(job: PruneJob, run: Run, budget: Budget, journal: Journal) -> tuple[LoadedModel, PruneWindows]:
+def _load(job: PruneJob, run: Run, budget: Budget, journal: Journal) -> tuple[Forecast, LoadedModel, PruneWindows]:
+    """Say what the run will cost, and load its text and its model, in memory or not as the forecast has it."""
     import torch
 
     torch.manual_seed(job.common.seed)
-    logger.info(
-        "budget: remove %s of the %s's %s parameters (ratio %s)",
-        f"{budget.target:,}",
-        budget.base_name,
-        f"{budget.base:,}",
-        job.prune.pruning_ratio,
-    )
+    log_budget(job, budget)
+    forecast = foresee(job, budget, run.dir)
+    log_forecast(forecast, job)
+    run.metrics["forecast"] = forecast.as_dict()
     with run.stage("load"):
         tokenizer = load_tokenizer(job.source)
         windows = job.windows(tokenizer)
+        parallel.check_shares(*windows.all())
         check_token_ids(job.source, "--base_model", *windows.all())
         check_exports(job.source, tokenizer, job.export, job.prune)
         journal.begin(windows.fingerprint(), resumed=job.resume)
@@ -97,11 +99,12 @@ def _load(job: PruneJob, run: Run, budget: Budget, journal: Journal) -> tuple[Lo
             dtype=job.common.dtype,
             device=job.common.device,
             tokenizer=tokenizer,
-            stream=job.streaming(journal.work),
+            stream=None if forecast.setup.resident else Streaming(journal.work, forecast.machine.limit),
         )
         if journal.folder is not None:
             loaded.store.finished = FinishedLayers(journal.work)
-    return loaded, windows
+        parallel.wait()  # until all have read what is finished: more will be
+    return forecast, loaded, windows
 
 
 def _measured(
@@ -167,8 +170,7 @@ def _search(
     key, path, config = search_key(job), run.dir / SEARCH_FILE, job.prune
 
     def save(found: SearchState) -> None:
-        if not job.dry_run:
-            found.save(path, key)
+        found.save(path, key)
 
     def search() -> tuple[PruningPlan, float]:
         state = load_search(job, run.dir, budget)
@@ -202,13 +204,14 @@ def _healed(
     taken = journal.done.get("check")
     if taken is not None and taken != "healed":
         job, plan = check.default_job(job), PruningPlan.from_json(taken)
+        loaded.store.finished = FinishedLayers(journal.defaults)
     _heal(job, run, loaded, plan, windows.repair, journal)
     if yardstick is None:
         return job, loaded
     with run.stage("check") as record:
         job, better = check.better(job, loaded, yardstick, record)
     if better is not loaded and journal.folder is not None:
-        better.store.finished = loaded.store.finished
+        better.store.finished = FinishedLayers(journal.defaults)
         steps.keep_layers(better.runner)
     journal.record("check", "healed" if better is loaded else better.plan.to_json())
     return job, better
@@ -225,6 +228,12 @@ def _heal(job: PruneJob, run: Run, loaded: LoadedModel, plan: PruningPlan, text:
         steps.apply(loaded.runner, plan, text, job.prune, job.common)
 
 
-def _finetune(job: PruneJob, run: Run, loaded: LoadedModel, windows: torch.Tensor) -> None:
+def _finetune(
+    job: PruneJob, run: Run, loaded: LoadedModel, windows: PruneWindows, results: dict[str, list[Perplexity]]
+) -> None:
+    """Fine-tune the model, and add its PPL to the results."""
     base = run.dir / MODEL_FILE if job.save else job.source.path
-    run.metrics["training"] = train_and_save(loaded, job.finetune, windows, run, seed=job.common.seed, save=job.save, base=base)
+    settings = {"seed": job.common.seed, "save": job.save, "base": base}
+    run.metrics["training"] = train_and_save(loaded, job.finetune, windows.finetuning, run, **settings)
+    results["finetuned"] = steps.measure(run, loaded, windows.evaluation, "finetuned", job.common.split("test"))
+    records.save_results(run, results)

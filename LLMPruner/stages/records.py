@@ -6,6 +6,7 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from LLMPruner import parallel
 from LLMPruner.config import PLAN_FILE
 from LLMPruner.files import write_text
 from LLMPruner.importance.budget import Budget
@@ -63,6 +64,8 @@ def report_plan(run: Run, plan: PruningPlan, budget: Budget) -> None:
 
 def describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImportance | None) -> None:
     """Write what is decided so far: settings, scores, plan, picture."""
+    if not parallel.main():
+        return
     from LLMPruner.evaluator.plots import plot_plan
 
     run.describe({"base_model": job.source.path, **asdict(job.common), **asdict(job.prune)})

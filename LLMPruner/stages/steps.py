@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from LLMPruner import parallel
 from LLMPruner.config import CommonConfig, ExportConfig, PruneConfig
 from LLMPruner.data.windows import bos_token, interleaved, mixed
 from LLMPruner.importance.allocation import allocate, keep_best_units
@@ -109,6 +110,8 @@ def measure(
 
 def save(run: Run, loaded: LoadedModel, name: str) -> None:
     """Write the model as `name` into the run's folder."""
+    if not parallel.main():
+        return
     from LLMPruner.model.load import save_model
 
     with run.stage("save"):
@@ -118,7 +121,7 @@ def save(run: Run, loaded: LoadedModel, name: str) -> None:
 
 def export(run: Run, loaded: LoadedModel, wanted: ExportConfig, metrics: str = "metrics.json") -> None:
     """Write the model's exports into the run's folder, with the PPL that the run measured on their cards."""
-    if not wanted.formats:
+    if not wanted.formats or not parallel.main():
         return
     from LLMPruner.export.writer import write_exports
 

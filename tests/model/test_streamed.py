@@ -158,6 +158,15 @@ def test_what_was_not_edited_is_read_from_the_model_again(both):
     assert not equal(state(streamed), before)
 
 
+def test_unchanged_layers_of_another_precision_do_not_count_as_finished(both):
+    """They are cast on disk, one at a time, when all weights are asked for."""
+    resident, streamed = both("bfloat16")
+    streamed.store.settle()
+    assert equal(state(resident), state(streamed))
+    assert sorted(streamed.store.finished._entries) == [0, 1, 2, 3]
+    assert {streamed.store.finished.state(index) for index in range(4)} == {None}
+
+
 def test_an_edit_that_fails_is_not_kept(both):
     _, streamed = both()
     before = state(streamed)
@@ -191,7 +200,7 @@ def test_what_died_anywhere_goes_on_to_the_same_model(tmp_path, monkeypatch, sto
         apply_plan(dying, plan, **options)
     except KeyboardInterrupt:
         died = True
-    assert died == (stop <= (7 if epochs else 4))
+    assert died == (stop <= (6 if epochs else 3)), "the first layer loses nothing"
     monkeypatch.setattr(FinishedLayers, "write", write)
     healed, heal = [], apply._heal
     monkeypatch.setattr(apply, "_heal", lambda *args: healed.append(args[2]) or heal(*args))
@@ -199,4 +208,5 @@ def test_what_died_anywhere_goes_on_to_the_same_model(tmp_path, monkeypatch, sto
     resumed.store.finished = FinishedLayers(tmp_path)
     apply_plan(resumed, plan, **options)
     assert equal(dict(whole.store.tensors()), dict(resumed.store.tensors()))
-    assert len(set(healed)) == 4 - min(4, [0, 0, 1, 2, 2, 3, 4, 4][stop] if epochs else stop - 1), "nothing is healed twice"
+    lost = set(healed) - {0}
+    assert len(lost) == 3 - min(3, [0, 0, 1, 1, 2, 3, 3, 3][stop] if epochs else stop - 1), "nothing is healed twice"

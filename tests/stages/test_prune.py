@@ -105,13 +105,21 @@ def test_the_function_is_the_script_and_returns_the_model_that_it_saves(flags):
     assert pruned.provenance["settings"]["importance"] == "taylor" and pruned.provenance["command"] == run.command
 
 
-def test_a_dry_run_leaves_the_model_and_the_disk_as_they_were(flags, loaded):
-    job = script.build_job(script.parse([*flags, "--dry_run", "--test_original_ppl", "--finetune", "--finetune_seq_len=64"]))
-    budget, importance = check_prune(job, Path("prune_log/exp"))
-    with Run(Path("prune_log/exp"), "script.py", flags, seed=0, device="cpu", dry_run=True) as run:
-        dense = stages.prune(job, run, budget, importance)
-    assert dense.plan.is_dense and [path.name for path in Path().rglob("*") if path.is_file()] == ["training.log"]
-    assert all(weight.equal(loaded.model.state_dict()[name]) for name, weight in dense.model.state_dict().items())
+def test_a_run_says_before_what_it_will_cost_and_afterwards_what_it_did(flags, capsys):
+    assert script.main([*flags, "--stream=on"]) == 0
+    output = capsys.readouterr().out
+    assert output.index("forecast (weights read layer by layer") < output.index("stage load: start")
+    rows = output.split("forecast and measured")[1]
+    assert all(name in rows for name in ("load", "layer importance", "plan", "apply (repair least_squares)", "save"))
+
+
+def test_auto_streams_where_the_forecast_does_not_fit_and_says_so_where_nothing_can(flags, monkeypatch, capsys):
+    monkeypatch.setattr("LLMPruner.stages.forecast.available_memory", lambda device: 1 << 20)
+    assert script.main(flags) == 0
+    assert "streaming" in capsys.readouterr().out
+    assert script.main([*flags, "--self_samples=2"]) == 0
+    output = capsys.readouterr().out
+    assert "loading" in output and "WARNING forecast: stage" in output and "--self_samples needs all weights at once" in output
 
 
 def test_layer_scores_come_with_what_they_were_measured_on(flags):

@@ -16,11 +16,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from LLMPruner.config import PruneConfig
+from LLMPruner.cost import Cost, Setup, Work
 from LLMPruner.errors import RunError
 from LLMPruner.importance.budget import Budget
 from LLMPruner.importance.criteria import CRITERIA, gather_statistics, score_layer
@@ -260,3 +262,29 @@ def shifted_levels(state: SearchState, base: float, budget: Budget, width: float
         low, high = min(points), max(points)
         limits.append((level - math.ceil(width * (level - low)), level + math.ceil(width * (high - level))))
     return cheapest_levels(costs, budget, limits)
+
+
+def cost(setup: Setup, config: PruneConfig, sublayers: int) -> Cost:
+    """What a search costs by its number of measures: rough, for it ends early where nothing gets better, or time is over.
+
+    Two costs and, in each generation, two shifts a sublayer; a measure runs half of the layers on a part of the windows and
+    heals the changed sublayer. Half of the windows the dense model writes.
+    """
+    layers, hidden, windows = setup.geometry.num_layers, setup.geometry.hidden_size, sum(config.search_windows)
+    tokens, seq_len, columns = windows * config.search_seq_len, config.search_seq_len, setup.columns(pruned=False)
+    calibrated = config.channel_importance_samples * config.calibration_seq_len
+    work = setup.forward(calibrated, config.calibration_seq_len)
+    work += Work(product=2 * layers * calibrated * sum(width**2 for width in columns))
+    work += setup.forward(tokens, seq_len) * (2 + 4 * config.search_generations) + setup.head_work(tokens // STRIDE)
+    measured = setup.forward(tokens // 2, seq_len) + setup.head_work(tokens // STRIDE)
+    work += Work(*(value // 4 for value in astuple(measured * (2 * sublayers))))
+    work += Work(*(value // 2 for value in astuple(measured * (2 * sublayers * config.search_generations))))
+    healed = [
+        Work(single=2 * hidden * k * (w + k), factor=k**3 // 3)
+        for w, k in zip(columns, setup.columns(pruned=True), strict=True)
+    ]
+    work += sum(healed, start=Work()) * (sublayers * (1 + config.search_generations))
+    device = 2 * layers * hidden * sum(setup.columns(pruned=True)) * setup.itemsize + 12 * max(columns) ** 2
+    host = 2 * layers * sum(width**2 for width in columns)
+    kept = setup.hidden(tokens, 2 * (layers + 1))
+    return Cost("search", work, device, kept, host, head=True, most=60 * config.search_minutes)
