@@ -76,7 +76,8 @@ def recipe(argv: Sequence[str]) -> None:
     folder = check_experiment(args.save_ckpt_log_name, "--save_ckpt_log_name")
     job = build_job(args)
     budget, importance = check_prune(job, folder)
-    if job.resume and not job.dry_run and open_journal(job, folder).finished:
+    if job.resume and not job.dry_run and (journal := open_journal(job, folder)).finished:
+        journal.clear()
         if parallel.main():
             print(f"{folder} is finished: there is nothing left to do")
         return

@@ -30,7 +30,9 @@ def available_memory(device: str) -> int:
     several processes of a run are on this machine) and of the process's limit."""
     cuda = _cuda_name(device)
     if cuda is not None:
-        return sys.modules["torch"].cuda.mem_get_info(cuda)[0]
+        torch = sys.modules["torch"]  # what its allocator keeps for later is free, too
+        kept = torch.cuda.memory_reserved(cuda) - torch.cuda.memory_allocated(cuda)
+        return torch.cuda.mem_get_info(cuda)[0] + kept
     import psutil
 
     free = psutil.virtual_memory().available // parallel.local()[1]

@@ -147,6 +147,8 @@ def _together() -> Iterator[Any]:
             distributed.init_process_group(backend, timeout=PATIENCE)
         yield distributed
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         raise RunError(f"another process of this run does not answer any more ({one_line(error)[:120]})") from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 
 import llama3_unbalanced_pruning_gqa_aware as script
 from LLMPruner.data.corpora import load_text
@@ -95,7 +96,8 @@ def test_a_run_that_died_anywhere_ends_as_an_undisturbed_one(command, dies, flag
         assert command(*flags, name=name) == 130, kept[stop - 1]
         rest = dies(10**6, before=False)
         assert command(*flags, "--resume", name=name) == 0, kept[stop - 1]
-        assert len(rest) == total - stop + before, "nothing is done twice"
+        again = kept[stop - 1 : stop + 1] == ["layers", "check"]  # the defaults' layers are kept just before the verdict
+        assert len(rest) == total - stop + before + again, "nothing is done twice"
         stages = [row["stage"] for row in json.loads(Path("prune_log", name, "metrics.json").read_text())["stages"]]
         assert {"load", "save", "evaluate pruned"} <= set(stages), "those of the run that died are told too"
         tensors, plan, ppl = outcome(name)
@@ -189,7 +191,7 @@ def test_two_runs_under_one_name_do_not_meet(command, capsys):
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_finished_layer_that_is_damaged_stops_the_run_that_goes_on(command, dies, capsys, damage):
-    dies(5, before=False)
+    dies(7, before=False)
     assert command() == 130
     dies(10**6, before=False)
     file = next(Path("prune_log/exp/work").glob("layer_*.safetensors"))
@@ -272,12 +274,80 @@ def test_another_model_or_text_does_not_continue_a_run(command, dies, capsys, tr
 
 
 def test_a_new_run_removes_what_a_dead_one_left(command, dies):
-    dies(4, before=False)
+    dies(7, before=False)
     assert command("--pruning_ratio=0.3") == 130 and Path("prune_log/exp/work").is_dir()
     seen = dies(10**6, before=False)
     assert command() == 0
     assert seen.count("layers") == 4 and not Path("prune_log/exp/work").exists()
     assert command(name="other") == 0 and outcome("other")[1] == outcome("exp")[1]
+
+
+def test_what_lies_in_work_never_passes_for_another_runs(command, tmp_path):
+    """A folder elsewhere, as one that cannot be removed: it is emptied, and files of another run in it do not count."""
+    place = tmp_path / "scratch"
+    place.mkdir()
+    Path("prune_log/exp").mkdir(parents=True)
+    Path("prune_log/exp/work").symlink_to(place)
+    assert command("--seed=1") == 0 and not any(place.iterdir())
+    kept = FinishedLayers(place, "another run")
+    kept.write({0: tiny_model().model.layers[0]}, "healed")
+    assert FinishedLayers(place, "this run").state(0) is None and FinishedLayers(place, "another run").state(0) == "healed"
+    assert command("--seed=2") == 0 and command("--seed=2", name="clean") == 0
+    weights, wanted = (load_checkpoint(Path("prune_log", name, "pytorch_model.bin"))[0] for name in ("exp", "clean"))
+    assert all(value.equal(wanted[name]) for name, value in weights.items())
+
+
+def test_a_changed_config_or_file_of_scores_does_not_continue_a_run(command, dies, capsys, trained_dir, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(trained_dir, model)
+    assert command(name="scores") == 0
+    shutil.copy("prune_log/scores/layer_importance_config.json", "scores.json")
+    flags = ["--skip_importance_analysis", "--layer_importance_config=scores.json"]
+    dies(7, before=False)
+    assert command(*flags, base=model) == 130
+    scores = json.loads(Path("scores.json").read_text())
+    Path("scores.json").write_text(json.dumps(scores | {"scores": scores["scores"][::-1]}))
+    assert command(*flags, "--resume", base=model) == 2
+    assert "the file of --layer_importance_config is another one" in capsys.readouterr().err
+    Path("scores.json").write_text(Path("prune_log/scores/layer_importance_config.json").read_text())
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert command(*flags, "--resume", base=model) == 2
+    assert "the model is another one" in capsys.readouterr().err
+
+
+def test_a_model_that_is_gone_is_written_again_and_says_the_first_command(command, dies):
+    kept = dies(10**6, before=False)
+    assert command("--test_after_prune", name="whole") == 0
+    dies(kept.index("save") + 1, before=False)
+    assert command("--test_after_prune") == 130
+    Path("prune_log/exp/pytorch_model.bin").unlink()
+    dies(10**6, before=False)
+    assert command("--test_after_prune", "--resume") == 0
+    (weights, *rest), (wanted, *others) = outcome("exp"), outcome("whole")
+    assert rest == others and all(value.equal(wanted[name]) for name, value in weights.items())
+    assert "--resume" not in find_model("prune_log/exp/pytorch_model.bin", "--m").provenance["command"]
+
+
+def test_a_refused_model_leaves_an_interrupted_run_as_it_was(command, dies, capsys, trained_dir, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(trained_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": -1}))
+    assert command(base=model) == 2 and not Path("prune_log").exists()
+    dies(7, before=False)
+    assert command() == 130
+    before = {path: path.read_bytes() for path in Path("prune_log").rglob("*") if path.is_file()}
+    assert command(base=model) == 2
+    assert {path: path.read_bytes() for path in Path("prune_log").rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_of_other_settings_is_not_overwritten(command, capsys):
+    assert command() == 0
+    before = Path("prune_log/exp/pytorch_model.bin").read_bytes()
+    assert command("--pruning_ratio=0.4", "--resume") == 2
+    assert "--pruning_ratio was 0.25, is 0.4" in capsys.readouterr().err
+    assert Path("prune_log/exp/pytorch_model.bin").read_bytes() == before
 
 
 def test_with_nothing_to_go_on_with_the_command_says_so(command, capsys):

@@ -60,7 +60,7 @@ def apply_plan(
         distill_epochs = distill_model_epochs = 0
     taught = distill_model_epochs and _drifts(plan, layers)
     last = [TAUGHT] * len(layers) if taught else list(_last_states(plan, distill_epochs))
-    if method is None or all(_finished(runner, index) == state for index, state in enumerate(last)):
+    if method is None or all(state in (None, _finished(runner, index)) for index, state in enumerate(last)):
         for index in layers:
             _slice_layer(runner, index, plan)
         return
@@ -260,9 +260,8 @@ def _evidence(
             for moments, tokens in ((fit, ~out), (held_out, out)):
                 wanted = None if targets is None else targets.flatten(0, 1)[tokens]
                 moments.add(inputs.flatten(0, 1)[tokens], targets=wanted)
-        for moments in (fit, held_out):
-            moments.pool()
-        return Evidence(projection.weight.detach(), columns, fit, held_out), answer
+            del after, inputs, targets
+        return Evidence(projection.weight.detach(), columns, fit.pool(), held_out.pool()), answer
 
 
 def _assign(linear: nn.Linear, healed: Healed) -> None:

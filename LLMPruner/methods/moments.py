@@ -55,21 +55,23 @@ class Moments:
                 with _exact_products(inputs, targets):
                     self._cross = _plus_product(self._cross, targets.float(), chosen)
 
-    def pool(self) -> None:
-        """Make these the moments of all processes' inputs: each has added its own, if only none, and calls this."""
+    def pool(self) -> Moments:
+        """Make these, which are returned, the moments of all processes' inputs: each has added its own, if only none, and calls
+        this."""
         import torch
 
         if parallel.count() == 1:
-            return
+            return self
         self._first = parallel.summed(self._first)
         self.count = int(parallel.summed(torch.tensor(self.count)))
         if self._tokens and self._are_few(self._tokens[0][0]):  # in all processes: none has more than all together
             self._tokens = [tuple(parallel.gathered(torch.cat(part)) for part in zip(*self._tokens, strict=True))]
-            return
+            return self
         self.multiply()
         self._second = parallel.summed(self._second)
         if self._cross is not None:
             self._cross = parallel.summed(self._cross)
+        return self
 
     def tokens(self, outputs: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
         """x_S `(count, k)` and those `outputs` of y `(count, n)` in float32, where the tokens stayed as they are; else None."""

@@ -24,14 +24,16 @@ UNCHANGED = "unchanged"  # a layer that is here for its precision alone
 
 
 class FinishedLayers:
-    """Finished layers in `folder`, by index: file and state, one word for what was done to them."""
+    """Finished layers in `folder`, by index: file and state, one word for what was done to them. Those of another `run` do not
+    count."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, run: str = "") -> None:
+        self.folder, self.run = folder, run
         self._entries: dict[int, dict[str, str]] = {}
         if (folder / INDEX).is_file():
-            entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            self._entries = {int(index): entry for index, entry in entries.items()}
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            if index.get("run") == run:
+                self._entries = {int(layer): entry for layer, entry in index["layers"].items()}
 
     def __contains__(self, index: int) -> bool:
         return index in self._entries
@@ -53,7 +55,8 @@ class FinishedLayers:
             if parallel.main():
                 self._write_layer(name, layer)
         if parallel.main():
-            write_json(self.folder / INDEX, {str(index): entry for index, entry in sorted(entries.items())})
+            listed = {str(index): entry for index, entry in sorted(entries.items())}
+            write_json(self.folder / INDEX, {"run": self.run, "layers": listed})
         self._entries = entries
         parallel.wait()  # before that the new files may not be there, and after it nobody reads the old ones
         if parallel.main():
@@ -76,4 +79,4 @@ class FinishedLayers:
             with safe_open(path, framework="pt") as handle:
                 return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (a handle, not a dict)
         except (SafetensorError, OSError) as error:
-            raise RunError(f"{path} cannot be read: {error}; run again without --resume") from error
+            raise RunError(f"{path} cannot be read: {error}") from error

@@ -83,10 +83,11 @@ class LayerRunner:
                 half = (part.stop - part.start) // 2
                 if half == 0 or not out_of_memory(error):
                     raise
-                self.batch_tokens = half * seq_len
+                self.batch_tokens = self.head.batch_tokens = half * seq_len
                 logger.warning("memory ran out: %d windows of %d tokens at a time from now on", half, seq_len)
                 continue
             yield part, result
+            del result  # before the next batch is computed
             start = part.stop
 
     def passes(self, count: int, seq_len: int) -> list[slice]:
@@ -123,6 +124,7 @@ class LayerRunner:
                 if observe is not None:
                     observe(fetch(hidden, part, self.device), seen)
                 output[part] = after
+                del after, seen
             return output
 
     @torch.no_grad()
@@ -189,6 +191,7 @@ class LayerRunner:
             for part, (gates, arriving) in self.computed(*inputs.shape[:2], step):
                 gradient[part] = arriving
                 visit(index, gates)
+                del gates, arriving
 
     def _loss_gradient(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """d(summed loss)/d(last hidden states), in the place of these."""

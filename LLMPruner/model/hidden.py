@@ -40,6 +40,7 @@ class Home:
         if self.held + size > self.limit:
             return _in_file(shape, dtype, size, self.folder)
         room = torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.pinned)
+        size = 1 << (size - 1).bit_length() if self.pinned else size  # as torch takes pinned memory
         self.held += size
         weakref.finalize(room.untyped_storage(), self._release, size)
         return room
@@ -55,12 +56,15 @@ class Home:
 def _in_file(shape: Sequence[int], dtype: torch.dtype, size: int, folder: Path | None) -> torch.Tensor:
     handle, name = tempfile.mkstemp(prefix="hidden.", dir=folder)
     try:
-        os.posix_fallocate(handle, 0, size)  # else a full disk would kill the process when a page is written
+        if hasattr(os, "posix_fallocate"):  # else a full disk would kill the process when a page is written
+            os.posix_fallocate(handle, 0, size)
+        else:
+            os.truncate(handle, size)
         return torch.from_file(name, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
     except OSError as error:
         raise RunError(
             f"{Path(name).parent} has no room for {size / 1e9:.1f} GB of hidden states ({error.strerror}): free some space, "
-            "use fewer calibration windows, or raise --hidden_gb"
+            "use fewer or shorter windows, or raise --hidden_gb"
         ) from error
     finally:
         os.close(handle)
@@ -76,7 +80,7 @@ def batches(count: int, seq_len: int, batch_tokens: int = BATCH_TOKENS) -> Itera
 
 def fetch(hidden: torch.Tensor, part: slice, device: torch.device) -> torch.Tensor:
     """A batch of `hidden` on the device that computes."""
-    return hidden[part].to(device, non_blocking=True)
+    return hidden[part].to(device, non_blocking=device.type == "cuda")  # whose copies keep the order of the stream
 
 
 def affordable(geometry: Geometry, dtype: torch.dtype, free: int) -> int:

@@ -104,6 +104,12 @@ def load_model(
     return LoadedModel(model, tokenizer or load_tokenizer(source), source.plan, provenance, store)
 
 
+def check_loads(source: ModelSource) -> None:
+    """Raise UsageError, before a weight is read, for a model that `load_model` would refuse."""
+    with quiet_transformers():
+        empty_model(with_weights(source))
+
+
 @contextmanager
 def opened(
     source: ModelSource, common: CommonConfig, tokenizer: PreTrainedTokenizerBase | None = None
@@ -222,7 +228,7 @@ def assign_weights(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Te
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.config.dtype = dtype
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def save_model(path: Path, loaded: LoadedModel) -> None:

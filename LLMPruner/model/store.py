@@ -74,6 +74,7 @@ class Store:
         """Put the finished layer `index`, pruned to `plan`, in the place of the dense one."""
         with torch.device("meta"):
             shape_layer(self._layers[index], plan, index)
+        self._layers[index].requires_grad_(False)
         self._adopt(index)
 
     def _adopt(self, index: int) -> None:

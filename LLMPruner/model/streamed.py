@@ -5,7 +5,7 @@ Peak memory of the device: a layer, and embedding or head while they are used, h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,8 @@ from LLMPruner.model.store import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from LLMPruner.model.tensors import StoredTensors
+
 
 class StreamedStore(Store):
     """A model whose weights are read layer by layer, from `tensors` (by name) or, once they were changed, from `finished`.
@@ -36,7 +38,7 @@ class StreamedStore(Store):
     def __init__(
         self,
         model: PreTrainedModel,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: StoredTensors,
         device: torch.device,
         finished: FinishedLayers,
         *,
@@ -51,6 +53,7 @@ class StreamedStore(Store):
         self.final_norm = model.get_submodule(self.table.norm)
         self.final_norm.load_state_dict({"weight": self._read(f"{self.table.norm}.weight").to(device)}, assign=True)
         self._head: nn.Linear | None = None
+        self._embedding: torch.Tensor | None = None
         self._open = [0] * self.num_layers  # how many contexts of each layer are open
         self._here: set[int] = set()  # layers on the device
         self._dense = set(range(self.num_layers))  # layers that nobody changed
@@ -84,7 +87,8 @@ class StreamedStore(Store):
     def _adopt(self, index: int) -> None:
         self._drop(index)
         self._dense.discard(index)
-        self._ahead = None
+        if self._ahead is not None and self._ahead[0] == index:
+            self._ahead = None
 
     def _bring(self, index: int) -> None:
         """Put a layer on the device in the place of those that nobody uses, and read the next one meanwhile."""
@@ -135,7 +139,7 @@ class StreamedStore(Store):
         return copy.pin_memory() if self.home.pinned else copy
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._device, non_blocking=True)
+        return tensor.to(self._device, non_blocking=self._device.type == "cuda")
 
     @property
     def head(self) -> nn.Linear:
@@ -149,14 +153,17 @@ class StreamedStore(Store):
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids `(n, seq_len)` to what enters layer 0, `(n, seq_len, hidden)`: only their rows are read."""
-        weight = self._tensors[f"{self.table.embedding}.weight"]
+        weight = self._embedding if self._embedding is not None else self._tensors[f"{self.table.embedding}.weight"]
+        if not self._tensors.mapped:  # dequantized once, not for every batch
+            self._embedding = weight
         return functional.embedding(ids.cpu(), weight).to(self._dtype).to(self._device)
 
     def settle(self) -> None:
-        """Cast the layers that nobody changed on disk, one at a time, where that is needed: else all would be cast in memory
-        together when `tensors` are written."""
+        """Put the layers that nobody changed on disk as they are to be written, one at a time, where the model's own files have
+        them otherwise: else all would be cast in memory together when `tensors` are written."""
         for index in sorted(self._dense):
-            if any(value.dtype != self._dtype for value in self._mapped_layer(index).values()):
+            weights = self._mapped_layer(index).values()
+            if not self._tensors.mapped or any(value.dtype != self._dtype for value in weights):
                 with self.edited((index,), UNCHANGED):
                     pass
 

@@ -23,6 +23,7 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
 
     def __init__(self, source: ModelSource) -> None:
         needless, self._path = passed_over(source.plan), source.path
+        self.mapped = source.kind != "gguf"  # else every tensor is dequantized whenever it is asked for
         self._readers = {"bin": _of_bin, "gguf": _of_gguf, "hf": _of_directory}[source.kind](source)
         self._names = [name for name in self._readers if not needless(name)]
 

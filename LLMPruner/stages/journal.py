@@ -7,6 +7,7 @@ the journal alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner import parallel
-from LLMPruner.errors import UsageError
+from LLMPruner.errors import RunError, UsageError
 from LLMPruner.files import read_json_file, write_atomically, write_json
 
 if TYPE_CHECKING:
     import torch
 
+    from LLMPruner.model.finished import FinishedLayers
     from LLMPruner.stages.job import PruneJob
 
 logger = logging.getLogger("LLMPruner")
@@ -33,17 +35,28 @@ FREE = ("search_minutes", "stream", "hidden_gb")
 
 
 def journal_key(job: PruneJob) -> dict[str, Any]:
-    """What a run's result depends on, by flag; the text joins when it has been read."""
-    parts: dict[str, Mapping[str, Any]] = {"": asdict(job.common) | asdict(job.prune), "eval_": asdict(job.evaluation)}
+    """What a run's result depends on, by flag; `auto` as what it stands for here. The text joins when it has been read."""
+    from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
+
+    device = resolve_device(job.common.device)
+    common = asdict(job.common) | {"device": device.type, "dtype": dtype_name(resolve_dtype(job.common.dtype, device))}
+    asked = {"--save_model": job.save, "--test_original_ppl": job.test_original, "--test_after_prune": job.test_pruned}
+    asked |= {"--export": job.export.formats, "--gguf_type": job.export.gguf_type, "--finetune": job.finetune is not None}
+    parts: dict[str, Mapping[str, Any]] = {"": common | asdict(job.prune), "eval_": asdict(job.evaluation)}
     if job.finetune is not None:
         parts["finetune_"] = asdict(job.finetune)
     settings = {
         f"--{prefix}{name}": value for prefix, part in parts.items() for name, value in part.items() if name not in FREE
     }
-    asked = {"--save_model": job.save, "--test_original_ppl": job.test_original, "--test_after_prune": job.test_pruned}
-    asked |= {"--export": job.export.formats, "--gguf_type": job.export.gguf_type, "--finetune": job.finetune is not None}
-    key = {"the format of the journal": FORMAT, "the model": job.source.fingerprint(), **settings, **asked}
+    of_files = {"the model": [job.source.fingerprint(), _hash(dict(job.source.config))]}
+    if job.prune.layer_importance_file is not None:
+        of_files["the file of --layer_importance_config"] = _hash(Path(job.prune.layer_importance_file).read_bytes().hex())
+    key = {"the format of the journal": FORMAT, **of_files, "the number of processes": parallel.count(), **asked, **settings}
     return json.loads(json.dumps(key))  # as it is read back: lists for tuples
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 class Journal:
@@ -69,9 +82,15 @@ class Journal:
         return self.folder / WORK
 
     @property
-    def defaults(self) -> Path:
-        """The folder of the layers of the defaults' model, where the check of a search took that."""
-        return self.work / "defaults"
+    def run(self) -> str:
+        """A mark of the run in whatever it keeps: files of another one never pass for its own."""
+        return _hash([self.key, self.done.get("text")])
+
+    def layers(self, *, defaults: bool = False) -> FinishedLayers:
+        """The run's finished layers; or those of the defaults' model, where the check of a search took that."""
+        from LLMPruner.model.finished import FinishedLayers
+
+        return FinishedLayers(self.work / "defaults" if defaults else self.work, self.run)
 
     @property
     def finished(self) -> bool:
@@ -83,7 +102,8 @@ class Journal:
 
         Raises UsageError where a run is continued on other text, and where a process of the run was given something else.
         """
-        if parallel.from_main([self.key, text]) != [self.key, text]:  # on another machine the same path may be another model
+        same = parallel.from_main([self.key, text]) == [self.key, text]  # on another machine a path may be another model
+        if not parallel.least(int(same)):
             raise UsageError(
                 "the processes of this run read different models, texts or settings: make them the same everywhere"
             )
@@ -93,9 +113,12 @@ class Journal:
             name = "the text of the corpora"
             _check_same({name: self.done.get("text")}, {name: text})
             logger.info("resuming after: %s", ", ".join(self.done))
+            if parallel.main() and self.work.is_dir():
+                for spilt in self.work.glob("hidden.*"):  # of a process that was killed before it could unlink it
+                    spilt.unlink(missing_ok=True)
             return
         if parallel.main():
-            shutil.rmtree(self.work, ignore_errors=True)
+            _remove(self.work)
         if parallel.main() and not resumed:
             (self.folder / SEARCH_FILE).unlink(missing_ok=True)
         self.record("text", text)
@@ -128,22 +151,43 @@ class Journal:
         """Like `once`, for token windows."""
         if self.folder is None:
             return make()
-        from safetensors.torch import load_file, save_file
+        from safetensors import safe_open
+        from safetensors.torch import save_file
 
         path = self.work / f"{name}.safetensors"
         if path.is_file():
-            return load_file(path)["windows"]
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("run") == self.run:
+                    return file.get_tensor("windows").clone()
         made = make()
         self.work.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: save_file({"windows": made.contiguous()}, temporary))
+        values, mark = {"windows": made.contiguous()}, {"run": self.run}
+        write_atomically(path, lambda temporary: save_file(values, temporary, metadata=mark))
         return made
 
     def finish(self) -> None:
         """The run is over."""
         parallel.wait()  # until nobody reads from what is removed
         self.record("finished")
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what only a run under way needs."""
         if self.folder is not None and parallel.main():
-            shutil.rmtree(self.work, ignore_errors=True)
+            _remove(self.work)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; of a link to one, what it holds. Raises RunError where something cannot be removed."""
+    try:
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        if not folder.is_symlink():
+            folder.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunError(f"{folder} holds what an earlier run left and cannot be removed ({error}): remove it") from error
 
 
 def open_journal(job: PruneJob, folder: Path) -> Journal:
@@ -161,15 +205,16 @@ def open_journal(job: PruneJob, folder: Path) -> Journal:
     data = read_json_file(path, "--resume: the journal")
     if not (isinstance(data, dict) and isinstance(data.get("key"), dict) and isinstance(data.get("done"), dict)):
         raise UsageError(f"--resume: {path} is not a journal: run without --resume")
-    if "finished" in data["done"] and data["key"] != key:
-        return Journal(folder, key)  # nothing to go on with, unless its search can be
+    searched = job.prune.pruning_strategy == "search" and (folder / SEARCH_FILE).is_file()
+    if "finished" in data["done"] and data["key"] != key and searched:
+        return Journal(folder, key)  # with other settings of what comes after the search
     _check_same(data["key"], key)
     return Journal(folder, key, data["done"], data.get("stages", ()))
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise UsageError that names what differs between an interrupted run and the command at hand."""
-    for name in before.keys() | now.keys():
+    for name in [*now, *(before.keys() - now.keys())]:
         if before.get(name) != now.get(name):
             values = f"was {before.get(name)!r}, is {now.get(name)!r}" if name.startswith("--") else "is another one"
             raise UsageError(

@@ -14,9 +14,8 @@ from LLMPruner.data.windows import PruneWindows
 from LLMPruner.importance.budget import Budget, level_limits
 from LLMPruner.importance.criteria import score_units
 from LLMPruner.importance.layer_analyzer import LayerImportance
-from LLMPruner.model.finished import FinishedLayers
 from LLMPruner.model.fit import Streaming
-from LLMPruner.model.load import load_model, load_tokenizer
+from LLMPruner.model.load import check_loads, load_model, load_tokenizer
 from LLMPruner.model.source import check_token_ids
 from LLMPruner.plan import PruningPlan
 from LLMPruner.stages import check, records, steps
@@ -60,11 +59,11 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
         plan = loaded.plan
         records.report_plan(run, plan, budget)
         records.describe(job, run, plan, None)
-    records.record(job, loaded, journal.once("command", lambda: run.command))
+    records.record(job, loaded, journal.done["command"])
     if job.save or job.export.formats:
         loaded.store.settle()
     if job.save:  # before anything that may take long or fail
-        journal.once("save", lambda: steps.save(run, loaded, MODEL_FILE))
+        _save(run, loaded, journal)
     if job.test_pruned or job.finetune is not None:
         results["pruned"] = _measured(job, run, loaded, windows, journal, "pruned")
     records.save_results(run, results)
@@ -93,7 +92,9 @@ def _load(job: PruneJob, run: Run, budget: Budget, journal: Journal) -> tuple[Fo
         parallel.check_shares(*windows.all())
         check_token_ids(job.source, "--base_model", *windows.all())
         check_exports(job.source, tokenizer, job.export, job.prune)
+        check_loads(job.source)
         journal.begin(windows.fingerprint(), resumed=job.resume)
+        journal.once("command", lambda: run.command)
         loaded = load_model(
             job.source,
             dtype=job.common.dtype,
@@ -101,8 +102,8 @@ def _load(job: PruneJob, run: Run, budget: Budget, journal: Journal) -> tuple[Fo
             tokenizer=tokenizer,
             stream=None if forecast.setup.resident else Streaming(journal.work, forecast.machine.limit),
         )
-        if journal.folder is not None:
-            loaded.store.finished = FinishedLayers(journal.work)
+        loaded.store.finished = journal.layers()
+        loaded.runner.batch_tokens = journal.once("tokens of a batch", lambda: loaded.runner.batch_tokens)
         parallel.wait()  # until all have read what is finished: more will be
     return forecast, loaded, windows
 
@@ -204,15 +205,17 @@ def _healed(
     taken = journal.done.get("check")
     if taken is not None and taken != "healed":
         job, plan = check.default_job(job), PruningPlan.from_json(taken)
-        loaded.store.finished = FinishedLayers(journal.defaults)
+        loaded.store.finished = journal.layers(defaults=True)
     _heal(job, run, loaded, plan, windows.repair, journal)
     if yardstick is None:
         return job, loaded
     with run.stage("check") as record:
         job, better = check.better(job, loaded, yardstick, record)
-    if better is not loaded and journal.folder is not None:
-        better.store.finished = FinishedLayers(journal.defaults)
-        steps.keep_layers(better.runner)
+    if better is not loaded:
+        from LLMPruner.methods.apply import keep_layers
+
+        better.store.finished = journal.layers(defaults=True)
+        keep_layers(better.runner)
     journal.record("check", "healed" if better is loaded else better.plan.to_json())
     return job, better
 
@@ -237,3 +240,15 @@ def _finetune(
     run.metrics["training"] = train_and_save(loaded, job.finetune, windows.finetuning, run, **settings)
     results["finetuned"] = steps.measure(run, loaded, windows.evaluation, "finetuned", job.common.split("test"))
     records.save_results(run, results)
+
+
+def _save(run: Run, loaded: LoadedModel, journal: Journal) -> None:
+    """Write the `.bin`, unless the one that the run wrote before it died is still there."""
+
+    def mark() -> list[int] | None:
+        path = run.dir / MODEL_FILE
+        return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+
+    if parallel.from_main(mark() is None or mark() != journal.done.get("save")):
+        steps.save(run, loaded, MODEL_FILE)
+        journal.record("save", mark())

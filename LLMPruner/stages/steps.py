@@ -89,13 +89,6 @@ def apply(runner: LayerRunner, plan: PruningPlan, text: torch.Tensor | None, con
     apply_plan(runner, plan, repair=config.repair, windows=text, seed=common.seed, **distillation)
 
 
-def keep_layers(runner: LayerRunner) -> None:
-    """Keep all layers on disk, where the run keeps its finished ones."""
-    from LLMPruner.methods.apply import keep_layers as keep
-
-    keep(runner)
-
-
 def measure(
     run: Run, loaded: LoadedModel, windows: dict[str, torch.Tensor], label: str, split: str = "test"
 ) -> list[Perplexity]:
