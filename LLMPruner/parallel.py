@@ -27,8 +27,8 @@ Value = TypeVar("Value")
 
 
 def count() -> int:
-    """Processes of the run, on all machines."""
-    return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
+    """Processes of the run, on all machines; one where no launcher has set both numbers."""
+    return _number("WORLD_SIZE", 1) if os.environ.get("RANK", "").isdecimal() else 1
 
 
 def rank() -> int:
@@ -166,7 +166,5 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _number(name: str, default: int) -> int:
-    try:
-        return int(os.environ.get(name, default))
-    except ValueError:
-        raise UsageError(f"the environment variable {name} is no number: it is set by the launcher alone") from None
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default

@@ -201,3 +201,10 @@ def test_each_process_has_a_gpu_of_its_own(rank, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *args, **options: None)
     assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:1") and chosen == [1, 1]
     assert resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("", "2"), ("0", "many"), (None, "2"), ("0", None)])
+def test_without_a_launcher_there_is_one_process(monkeypatch, rank, size):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert parallel.count() == 1 and parallel.main() and parallel.share(5) == slice(0, 5)
