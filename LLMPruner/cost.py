@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 from LLMPruner.plan import Geometry
 
-BATCH_TOKENS = 4096  # as model/hidden.py, which imports torch: a test holds them together
+BATCH_TOKENS = 4096  # tokens that go through a layer together
 LOGIT_ELEMENTS, LOGIT_ELEMENTS_CPU = 1 << 26, 1 << 22  # as model/head.py
 
 # The share of the measured rate that each kind of work reaches, as found on two cores in float32. Small steps beside the

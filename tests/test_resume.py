@@ -73,6 +73,11 @@ def dies(monkeypatch):
     return at
 
 
+def files() -> dict[Path, bytes]:
+    """What every file of all experiments holds."""
+    return {path: path.read_bytes() for path in Path("prune_log").rglob("*") if path.is_file()}
+
+
 def outcome(name: str) -> tuple[dict[str, torch.Tensor], str, list]:
     """What a run leaves: weights, plan, PPL."""
     folder = Path("prune_log", name)
@@ -247,10 +252,10 @@ def test_a_finished_run_is_left_as_it_is(command, capsys):
 def test_another_command_does_not_continue_a_run(command, dies, capsys, changes, words):
     dies(4, before=False)
     assert command("--test_after_prune") == 130
-    before = {path: path.read_bytes() for path in Path("prune_log").rglob("*") if path.is_file()}
+    before = files()
     assert command("--test_after_prune", *changes, "--resume") == 2
     assert words in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in Path("prune_log").rglob("*") if path.is_file()} == before
+    assert files() == before
 
 
 def test_another_model_or_text_does_not_continue_a_run(command, dies, capsys, trained_dir, data_dir, tmp_path):
@@ -337,9 +342,9 @@ def test_a_refused_model_leaves_an_interrupted_run_as_it_was(command, dies, caps
     assert command(base=model) == 2 and not Path("prune_log").exists()
     dies(7, before=False)
     assert command() == 130
-    before = {path: path.read_bytes() for path in Path("prune_log").rglob("*") if path.is_file()}
+    before = files()
     assert command(base=model) == 2
-    assert {path: path.read_bytes() for path in Path("prune_log").rglob("*") if path.is_file()} == before
+    assert files() == before
 
 
 def test_a_finished_run_of_other_settings_is_not_overwritten(command, capsys):

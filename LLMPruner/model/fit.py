@@ -41,5 +41,9 @@ def streaming(source: ModelSource, common: CommonConfig, folder: Path) -> Stream
         if needed <= free:
             return None
         logger.info("the model needs %.1f GB of %s memory, %.1f GB are free: it is streamed", needed / 1e9, device, free / 1e9)
-    limit = available_memory("cpu") // 2 if common.hidden_gb is None else int(common.hidden_gb * 1e9)
-    return Streaming(folder, limit)
+    return Streaming(folder, hidden_limit(common, available_memory("cpu")))
+
+
+def hidden_limit(common: CommonConfig, free: int) -> int:
+    """Bytes of hidden states that a streamed model keeps in main memory, of which `free` bytes are free."""
+    return free // 2 if common.hidden_gb is None else int(common.hidden_gb * 1e9)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -128,10 +128,6 @@ class GGUFModel:
         value = numpy.require(dequantized(tensor.data, tensor.tensor_type), numpy.float32, "W").reshape(shape)
         rotated = any(part.rotary and f".{part.name}." in name for part in geometry.table.attention.inputs)
         return halves(value, geometry.head_dim) if rotated and ARCHITECTURES[self.architecture].pairs else value
-
-    def values(self, plan: PruningPlan) -> Iterator[tuple[str, numpy.ndarray]]:
-        """The tensors of `plan` by transformers' names, dequantized one at a time."""
-        return ((name, self.value(name, plan.geometry)) for name in self.names(plan))
 
 
 def _alike(value: Any) -> Any:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
+from LLMPruner.cost import BATCH_TOKENS
 from LLMPruner.errors import RunError
 from LLMPruner.plan import Geometry
-
-BATCH_TOKENS = 4096  # tokens that go through a layer together
 
 
 class Home:

@@ -18,6 +18,7 @@ from LLMPruner.cost import Cost, Rates, Setup
 from LLMPruner.importance.budget import Budget
 from LLMPruner.memory import available_memory
 from LLMPruner.model import size
+from LLMPruner.model.fit import hidden_limit
 from LLMPruner.model.source import weight_files
 from LLMPruner.stages import costs
 
@@ -190,11 +191,10 @@ def foresee(job: PruneJob, budget: Budget, folder: Path) -> Forecast:
 
     place = resolve_device(job.common.device)
     dtype, free = resolve_dtype(job.common.dtype, place), available_memory("cpu")
-    limit = free // 2 if job.common.hidden_gb is None else int(job.common.hidden_gb * 1e9)
     file = next(iter(weight_files(job.source)), None) if job.source.repo is None and not job.dry_run else None
     rates = measure_rates(place, dtype, job.source.geometry.hidden_size, file)
     disk = shutil.disk_usage(next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())).free
-    machine = Machine(rates, available_memory(str(place)), free, disk, limit)
+    machine = Machine(rates, available_memory(str(place)), free, disk, hidden_limit(job.common, free))
     settings = {"itemsize": dtype.itemsize, "device": place.type}
     found = forecast(job, budget, machine, **settings, resident=job.common.stream != "on")
     if job.common.stream == "auto" and not job.unstreamable and found.needed > parallel.least(machine.device):
@@ -212,10 +212,15 @@ def dry_run(job: PruneJob, run: Run, budget: Budget) -> Forecast:
         f"{params:,}",
         f"{budget.geometry.dense_params:,}",
     )
-    logger.info("predicted size: %.1f MB at 2 bytes a parameter, %.1f MB at 4", params * 2 / 1e6, params * 4 / 1e6)
+    log_size(params)
     found = foresee(job, budget, run.dir)
     log_forecast(found, job)
     return found
+
+
+def log_size(params: int) -> None:
+    """Log how large so many parameters are."""
+    logger.info("predicted size: %.1f MB at 2 bytes a parameter, %.1f MB at 4", params * 2 / 1e6, params * 4 / 1e6)
 
 
 def log_budget(job: PruneJob, budget: Budget) -> None:

@@ -13,6 +13,7 @@ from LLMPruner.importance.budget import Budget
 from LLMPruner.importance.layer_analyzer import LayerImportance
 from LLMPruner.plan import PruningPlan
 from LLMPruner.run import versions
+from LLMPruner.stages.forecast import log_size
 from LLMPruner.stages.job import PruneJob
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ def report_plan(run: Run, plan: PruningPlan, budget: Budget) -> None:
         "whole model" if budget.base_name == "model" else "selected sublayers",
         100 * removed / geometry.dense_params,
     )
-    logger.info(
-        "predicted size: %.1f MB at 2 bytes a parameter, %.1f MB at 4", plan.total_params * 2 / 1e6, plan.total_params * 4 / 1e6
-    )
+    log_size(plan.total_params)
     over = removed - budget.target
     logger.info(
         "rounding: channels in multiples of %d, whole KV groups: %s parameters more than the target go (%.3f%% of the model)",

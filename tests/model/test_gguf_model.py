@@ -26,6 +26,7 @@ from LLMPruner.families.gguf import tensor_name
 from LLMPruner.model.gguf import dequantized, open_gguf
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import find_model, weight_files
+from LLMPruner.model.tensors import StoredTensors
 
 FLAG, IDS = "--base_model", random_windows(2, 20)
 FAMILIES = {
@@ -148,7 +149,7 @@ def test_values_are_bit_by_bit_those_of_the_library_for_each_type(kind):
 def test_one_tensor_is_read_alone_and_in_any_order(tmp_path, name):
     source, wanted = find_model(str(write(tmp_path / "model.gguf", name)), FLAG), state(stock(name))
     model = source.gguf
-    assert sorted(model.names(source.plan)) == sorted(wanted) == sorted(found for found, _ in model.values(source.plan))
+    assert sorted(model.names(source.plan)) == sorted(wanted) == sorted(found for found, _ in StoredTensors(source).items())
     for key in reversed(model.names(source.plan)):
         assert numpy.array_equal(model.value(key, source.geometry), wanted[key].numpy()), key
     with pytest.raises(KeyError):
@@ -157,9 +158,9 @@ def test_one_tensor_is_read_alone_and_in_any_order(tmp_path, name):
 
 def test_no_more_than_a_tensor_at_a_time_is_in_memory(tmp_path):
     source = find_model(str(write(tmp_path / "model.gguf", "llama", kind="Q8_0")), FLAG)
-    sizes = [value.nbytes for _, value in source.gguf.values(source.plan)]
+    sizes = [value.nbytes for _, value in StoredTensors(source).items()]
     tracemalloc.start()
-    for _, value in source.gguf.values(source.plan):
+    for _, value in StoredTensors(source).items():
         del value
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
