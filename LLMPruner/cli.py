@@ -18,10 +18,14 @@ from LLMPruner import parallel
 from LLMPruner.config import (
     EXPORT_FORMATS,
     GGUF_TYPES,
+    OPTIMIZERS,
     PRESETS,
+    REPORTS,
     STREAM,
+    TEACHER_ANSWERS,
     TEXT_FORMATS,
     CommonConfig,
+    DistillConfig,
     EvalConfig,
     ExportConfig,
     FinetuneConfig,
@@ -125,6 +129,9 @@ CHOICES: dict[str, Any] = {
     "importance": CRITERIA,
     "repair": REPAIRS,
     "calibration_bos": ("auto", "on", "off"),
+    "teacher_answers": TEACHER_ANSWERS,
+    "optimizer": OPTIMIZERS,
+    "report_to": REPORTS,
 }
 
 
@@ -183,14 +190,21 @@ def add_prune_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_lora_flags(parser: argparse.ArgumentParser) -> None:
-    """--lora_*: rank, scale, dropout, targets (no target flag means both)."""
+    """--lora_*: rank, scale, dropout, targets (no target flag means both); --use_dora, --use_rslora."""
     add_settings(parser, LoraConfig, "LoRA", prefix="lora_")
+    variants = parser.add_argument_group("LoRA's variants")
+    variants.add_argument("--use_dora", action=Switch, default=False, help="weight-decomposed LoRA (Liu et al. 2024)")
+    variants.add_argument("--use_rslora", action=Switch, default=False, help="scaled by the rank's root (Kalajdzievski 2023)")
     parser.set_defaults(lora_target_attention=None, lora_target_mlp=None)
 
 
 def add_training_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
-    """Training flags, spelled `--<prefix>lr` and so on: `test_finetuning.py` has no prefix, pruning has `finetune_`."""
+    """Training flags, spelled `--<prefix>lr` and so on: `test_finetuning.py` has no prefix, pruning has `finetune_`.
+
+    Those of distillation are the same in both.
+    """
     add_settings(parser, FinetuneConfig, "training", prefix=prefix)
+    add_settings(parser, DistillConfig, "distillation")
 
 
 def add_gguf_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -231,16 +245,19 @@ def lora_config(args: argparse.Namespace) -> LoraConfig:
         attention = not mlp  # --no_lora_target_mlp alone means attention
     elif mlp is None:
         mlp = not attention
-    return LoraConfig(**settings_of(LoraConfig, args, "lora_") | {"target_attention": attention, "target_mlp": mlp})
+    chosen = {"target_attention": attention, "target_mlp": mlp, "use_dora": args.use_dora, "use_rslora": args.use_rslora}
+    return LoraConfig(**settings_of(LoraConfig, args, "lora_") | chosen)
 
 
 def finetune_config(args: argparse.Namespace, prefix: str, method: str) -> FinetuneConfig:
-    """Training settings of the flags spelled with `prefix`. Raises UsageError for LoRA targets without LoRA."""
-    if method == "full" and (args.lora_target_attention or args.lora_target_mlp):
+    """Training settings of the flags spelled with `prefix`. Raises UsageError for settings of LoRA without LoRA."""
+    wanted = [name for name in ("lora_target_attention", "lora_target_mlp", "use_dora", "use_rslora") if getattr(args, name)]
+    if method == "full" and wanted:
         needed = f"--{prefix}method lora" if prefix else "--use_lora"
-        raise UsageError(f"--lora_target_attention and --lora_target_mlp need {needed}")
+        raise UsageError(f"--{' and --'.join(wanted)} {'needs' if len(wanted) == 1 else 'need'} {needed}")
     values = settings_of(FinetuneConfig, args, prefix)
-    return FinetuneConfig(method=method, lora=lora_config(args), prefix=f"--{prefix}", **values)
+    distill = DistillConfig(**settings_of(DistillConfig, args))
+    return FinetuneConfig(method=method, lora=lora_config(args), distill=distill, prefix=f"--{prefix}", **values)
 
 
 def eval_config(args: argparse.Namespace, seq_len: int) -> EvalConfig:

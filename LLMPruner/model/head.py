@@ -15,6 +15,12 @@ from LLMPruner.model.store import Store
 # where larger blocks are mapped and cleared anew every time, which doubles the time
 LOGIT_ELEMENTS, LOGIT_ELEMENTS_CPU = 1 << 26, 1 << 22
 
+
+def chunk_tokens(device: torch.device, vocabulary: int) -> int:
+    """Tokens whose logits are computed together."""
+    return max(1, (LOGIT_ELEMENTS_CPU if device.type == "cpu" else LOGIT_ELEMENTS) // vocabulary)
+
+
 Chunks = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -72,8 +78,7 @@ class Head:
         return self.store.head(self.store.final_norm(rows)).float().log_softmax(-1)
 
     def _chunks(self, rows: torch.Tensor, targets: torch.Tensor) -> Chunks:
-        elements = LOGIT_ELEMENTS_CPU if self.store.device.type == "cpu" else LOGIT_ELEMENTS
-        size = max(1, elements // self.store.geometry.vocab_size)
+        size = chunk_tokens(self.store.device, self.store.geometry.vocab_size)
         return zip(rows.split(size), targets.split(size), strict=True)
 
 

@@ -1,8 +1,9 @@
 """What of a run is done, on disk, so that `--resume` goes on where a dead one stopped.
 
 `journal.json` holds the run's key (model, settings, text, format) and what its finished stages found; `work/` the layers that
-are finished and the text that the dense model wrote. Both describe one run: a new one begins anew, and a finished one keeps
-the journal alone.
+are finished, the text that the dense model wrote, and the checkpoints of a training. Both describe one run: a new one begins
+anew, and a finished one keeps the journal alone. A fine-tuning of its own has `journal_finetune.json` and `work_finetune/`, so
+that it may go into the folder of its pruning.
 """
 
 from __future__ import annotations
@@ -23,39 +24,69 @@ from LLMPruner.files import read_json_file, write_atomically, write_json
 if TYPE_CHECKING:
     import torch
 
+    from LLMPruner.config import FinetuneConfig
     from LLMPruner.model.finished import FinishedLayers
-    from LLMPruner.stages.job import PruneJob
+    from LLMPruner.model.source import ModelSource
+    from LLMPruner.stages.job import PruneJob, RecoverJob
 
 logger = logging.getLogger("LLMPruner")
 
 JOURNAL_FILE, WORK, SEARCH_FILE = "journal.json", "work", "search_state.json"  # of an experiment
+FINETUNE = "finetune"  # what is added to these names for a fine-tuning of its own
 FORMAT = 1  # raised whenever what is kept comes to mean something else
 # What may differ between a run and its continuation: how long the search may take, and where weights lie meanwhile.
-FREE = ("search_minutes", "stream", "hidden_gb")
+FREE = ("search_minutes", "stream", "hidden_gb", "report_to")
 
 
-def journal_key(job: PruneJob) -> dict[str, Any]:
-    """What a run's result depends on, by flag; `auto` as what it stands for here. The text joins when it has been read."""
+def prune_key(job: PruneJob) -> dict[str, Any]:
+    """What a pruning's result depends on, by flag; `auto` as what it stands for here. The text joins when it has been read."""
+    asked = {"--save_model": job.save, "--test_original_ppl": job.test_original, "--test_after_prune": job.test_pruned}
+    parts = [("", asdict(job.prune)), ("eval_", asdict(job.evaluation))]
+    parts += [] if job.finetune is None else _training("finetune_", job.finetune)
+    of_files = {}
+    if job.prune.layer_importance_file is not None:
+        of_files["the file of --layer_importance_config"] = mark_of(Path(job.prune.layer_importance_file).read_bytes().hex())
+    return _key(job, of_files, asked | {"--finetune": job.finetune is not None}, parts)
+
+
+def recover_key(job: RecoverJob) -> dict[str, Any]:
+    """The same of a fine-tuning."""
+    asked = {"--save_model": job.save, "--test_before": job.test_before, "--test_after": job.test_after}
+    of_files = {} if job.teacher is None else {"the teacher": _model(job.teacher)}
+    return _key(job, of_files, asked, [*_training("", job.training), ("eval_", asdict(job.evaluation))])
+
+
+def _training(prefix: str, config: FinetuneConfig) -> list[tuple[str, Mapping[str, Any]]]:
+    """The settings of a training by the prefix of their flags."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("lora", "distill", "prefix")}
+    return [(prefix, settings), ("lora_", asdict(config.lora)), ("", asdict(config.distill))]
+
+
+def _key(
+    job: PruneJob | RecoverJob, of_files: dict[str, Any], asked: dict[str, Any], parts: list[tuple[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
     from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
 
     device = resolve_device(job.common.device)
     common = asdict(job.common) | {"device": device.type, "dtype": dtype_name(resolve_dtype(job.common.dtype, device))}
-    asked = {"--save_model": job.save, "--test_original_ppl": job.test_original, "--test_after_prune": job.test_pruned}
-    asked |= {"--export": job.export.formats, "--gguf_type": job.export.gguf_type, "--finetune": job.finetune is not None}
-    parts: dict[str, Mapping[str, Any]] = {"": common | asdict(job.prune), "eval_": asdict(job.evaluation)}
-    if job.finetune is not None:
-        parts["finetune_"] = asdict(job.finetune)
+    asked |= {"--export": job.export.formats, "--gguf_type": job.export.gguf_type}
     settings = {
-        f"--{prefix}{name}": value for prefix, part in parts.items() for name, value in part.items() if name not in FREE
+        f"--{prefix}{name}": value
+        for prefix, part in (("", common), *parts)
+        for name, value in part.items()
+        if name not in FREE
     }
-    of_files = {"the model": [job.source.fingerprint(), _hash(dict(job.source.config))]}
-    if job.prune.layer_importance_file is not None:
-        of_files["the file of --layer_importance_config"] = _hash(Path(job.prune.layer_importance_file).read_bytes().hex())
+    of_files = {"the model": _model(job.source), **of_files}
     key = {"the format of the journal": FORMAT, **of_files, "the number of processes": parallel.count(), **asked, **settings}
     return json.loads(json.dumps(key))  # as it is read back: lists for tuples
 
 
-def _hash(value: Any) -> str:
+def _model(source: ModelSource) -> list[str]:
+    return [source.fingerprint(), mark_of(dict(source.config))]
+
+
+def mark_of(value: Any) -> str:
+    """A hash of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -68,8 +99,11 @@ class Journal:
         key: Mapping[str, Any],
         done: Mapping[str, Any] | None = None,
         stages: Sequence[dict[str, Any]] = (),
+        *,
+        kind: str = "",
     ) -> None:
         self.folder, self.key, self.done, self.stages = folder, dict(key), dict(done or {}), list(stages)
+        self.kind = kind  # what tells its names from those of a pruning in the same folder
 
     def follow(self, stages: list[dict[str, Any]]) -> None:
         """Keep the records of a run's stages, after those of the run that it continues."""
@@ -78,13 +112,13 @@ class Journal:
 
     @property
     def work(self) -> Path:
-        """The folder of finished layers and written text."""
-        return self.folder / WORK
+        """The folder of finished layers, written text and checkpoints."""
+        return self.folder / named(WORK, self.kind)
 
     @property
     def run(self) -> str:
         """A mark of the run in whatever it keeps: files of another one never pass for its own."""
-        return _hash([self.key, self.done.get("text")])
+        return mark_of([self.key, self.done.get("text")])
 
     def layers(self, *, defaults: bool = False) -> FinishedLayers:
         """The run's finished layers; or those of the defaults' model, where the check of a search took that."""
@@ -111,7 +145,7 @@ class Journal:
             return
         if self.done:
             name = "the text of the corpora"
-            _check_same({name: self.done.get("text")}, {name: text})
+            check_same({name: self.done.get("text")}, {name: text})
             logger.info("resuming after: %s", ", ".join(self.done))
             if parallel.main() and self.work.is_dir():
                 for spilt in self.work.glob("hidden.*"):  # of a process that was killed before it could unlink it
@@ -119,7 +153,7 @@ class Journal:
             return
         if parallel.main():
             _remove(self.work)
-        if parallel.main() and not resumed:
+        if parallel.main() and not resumed and not self.kind:
             (self.folder / SEARCH_FILE).unlink(missing_ok=True)
         self.record("text", text)
         parallel.wait()  # until what was there before is gone
@@ -128,7 +162,8 @@ class Journal:
         """A stage is done; `found`, plain values, is what it found."""
         self.done[name] = found
         if self.folder is not None and parallel.main():
-            write_json(self.folder / JOURNAL_FILE, {"key": self.key, "done": self.done, "stages": self.stages})
+            path = self.folder / named(JOURNAL_FILE, self.kind)
+            write_json(path, {"key": self.key, "done": self.done, "stages": self.stages})
 
     def once(
         self,
@@ -151,19 +186,7 @@ class Journal:
         """Like `once`, for token windows."""
         if self.folder is None:
             return make()
-        from safetensors import safe_open
-        from safetensors.torch import save_file
-
-        path = self.work / f"{name}.safetensors"
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("run") == self.run:
-                    return file.get_tensor("windows").clone()
-        made = make()
-        self.work.mkdir(parents=True, exist_ok=True)
-        values, mark = {"windows": made.contiguous()}, {"run": self.run}
-        write_atomically(path, lambda temporary: save_file(values, temporary, metadata=mark))
-        return made
+        return kept_windows(self.work / f"{name}.safetensors", self.run, make)
 
     def finish(self) -> None:
         """The run is over."""
@@ -175,6 +198,28 @@ class Journal:
         """Remove what only a run under way needs."""
         if self.folder is not None and parallel.main():
             _remove(self.work)
+
+
+def kept_windows(path: Path, mark: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The windows in a file with this mark, or what `make` gives, once: the first process's."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    def read() -> torch.Tensor | None:
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("windows").clone() if (file.metadata() or {}).get("run") == mark else None
+
+    found = read()
+    if parallel.least(int(found is not None)):
+        return found
+    made = make()
+    if parallel.main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {"windows": made.contiguous()}
+        write_atomically(path, lambda temporary: save_file(values, temporary, metadata={"run": mark}))
+    return parallel.from_main(made)
 
 
 def _remove(folder: Path) -> None:
@@ -190,29 +235,51 @@ def _remove(folder: Path) -> None:
         raise RunError(f"{folder} holds what an earlier run left and cannot be removed ({error}): remove it") from error
 
 
+def named(file: str, kind: str) -> str:
+    """A file's name with what tells its kind of run from a pruning."""
+    stem, dot, suffix = file.partition(".")
+    return f"{stem}_{kind}{dot}{suffix}" if kind else file
+
+
 def open_journal(job: PruneJob, folder: Path) -> Journal:
-    """The journal of a new run, or with `--resume` that of the run which died in `folder`.
+    """The journal of a new pruning, or with `--resume` that of the one which died in `folder`.
 
     Raises UsageError where there is none to go on with, or one of another command; then the difference is named.
     """
-    key, path = journal_key(job.sized()), folder / JOURNAL_FILE
-    if not job.resume:
-        return Journal(folder, key)
-    if not path.is_file():
-        if (folder / SEARCH_FILE).is_file():  # the search of a release that kept no journal
+    key, search = prune_key(job.sized()), folder / SEARCH_FILE
+    if job.resume and search.is_file():
+        if not (folder / JOURNAL_FILE).is_file():  # the search of a release that kept no journal
             return Journal(folder, key)
+        data = _read(folder / JOURNAL_FILE)
+        if "finished" in data["done"] and data["key"] != key and job.prune.pruning_strategy == "search":
+            return Journal(folder, key)  # with other settings of what comes after the search
+    return _opened(folder, key, resume=job.resume)
+
+
+def open_finetune_journal(job: RecoverJob, folder: Path) -> Journal:
+    """The same of a fine-tuning of its own."""
+    return _opened(folder, recover_key(job), resume=job.resume, kind=FINETUNE)
+
+
+def _opened(folder: Path, key: dict[str, Any], *, resume: bool, kind: str = "") -> Journal:
+    if not resume:
+        return Journal(folder, key, kind=kind)
+    path = folder / named(JOURNAL_FILE, kind)
+    if not path.is_file():
         raise UsageError(f"--resume: {folder} has no interrupted run: check the name, or run without --resume")
+    data = _read(path)
+    check_same(data["key"], key)
+    return Journal(folder, key, data["done"], data.get("stages", ()), kind=kind)
+
+
+def _read(path: Path) -> dict[str, Any]:
     data = read_json_file(path, "--resume: the journal")
     if not (isinstance(data, dict) and isinstance(data.get("key"), dict) and isinstance(data.get("done"), dict)):
         raise UsageError(f"--resume: {path} is not a journal: run without --resume")
-    searched = job.prune.pruning_strategy == "search" and (folder / SEARCH_FILE).is_file()
-    if "finished" in data["done"] and data["key"] != key and searched:
-        return Journal(folder, key)  # with other settings of what comes after the search
-    _check_same(data["key"], key)
-    return Journal(folder, key, data["done"], data.get("stages", ()))
+    return data
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise UsageError that names what differs between an interrupted run and the command at hand."""
     for name in [*now, *(before.keys() - now.keys())]:
         if before.get(name) != now.get(name):

@@ -108,20 +108,6 @@ def _load(job: PruneJob, run: Run, budget: Budget, journal: Journal) -> tuple[Fo
     return forecast, loaded, windows
 
 
-def _measured(
-    job: PruneJob, run: Run, loaded: LoadedModel, windows: PruneWindows, journal: Journal, label: str
-) -> list[Perplexity]:
-    """PPL on the test windows, once a run."""
-    from LLMPruner.evaluator.ppl import Perplexity
-
-    return journal.once(
-        f"PPL {label}",
-        lambda: steps.measure(run, loaded, windows.evaluation, label, job.common.split("test")),
-        dump=lambda results: [result.as_dict() for result in results],
-        load=lambda rows: [Perplexity.of(row) for row in rows],
-    )
-
-
 def _scored(job: PruneJob, run: Run, loaded: LoadedModel, windows: PruneWindows, journal: Journal) -> LayerImportance:
     """The layers' scores, once a run."""
 

@@ -1,4 +1,4 @@
-"""The stages of recovery in order: load, measure, train, save, measure again."""
+"""The stages of recovery in order: load, teach, measure, train, save, measure again."""
 
 from __future__ import annotations
 
@@ -7,83 +7,147 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from LLMPruner import parallel
 from LLMPruner.config import FinetuneConfig
-from LLMPruner.data.windows import evaluation_windows, training_windows
-from LLMPruner.model.load import load_model, load_tokenizer
+from LLMPruner.data.mixture import as_typed
+from LLMPruner.data.training import TrainingText, training_text
+from LLMPruner.data.windows import evaluation_windows
+from LLMPruner.model.load import check_loads, load_model, load_tokenizer
 from LLMPruner.model.source import check_token_ids
 from LLMPruner.run import versions
-from LLMPruner.stages import steps
+from LLMPruner.stages import steps, teaching
 from LLMPruner.stages.job import FINETUNED_FILE, MODEL_FILE, RecoverJob, check_exports
+from LLMPruner.stages.journal import Journal, open_finetune_journal
 
 if TYPE_CHECKING:
-    import torch
-
-    from LLMPruner.evaluator.ppl import Perplexity
     from LLMPruner.model.load import LoadedModel
     from LLMPruner.run import Run
+    from LLMPruner.stages.teaching import Teacher
+    from LLMPruner.trainer.teacher import DrawnAnswers
 
 logger = logging.getLogger("LLMPruner")
 
 
 def recover(job: RecoverJob, run: Run) -> LoadedModel:
-    """Run all stages of `job` into the folder of `run`; returns the fine-tuned model."""
+    """Run all stages of `job` into the folder of `run`, but those that a run which is resumed has finished.
+
+    Returns the fine-tuned model.
+    """
+    journal = open_finetune_journal(job, run.dir)
+    journal.follow(run.stages)
+    params = job.source.plan.total_params
     with run.stage("load"):
         tokenizer = load_tokenizer(job.source)
-        windows = training_windows(tokenizer, job.training, job.common)
         tested = evaluation_windows(tokenizer, job.evaluation, job.common.data_dir) if job.measures else {}
-        check_token_ids(job.source, "--model_path", windows, *tested.values())
+        teacher = None if job.teacher is None else teaching.Teacher(job.teacher, job.common, run.dir, tokenizer)
+        check_token_ids(job.source, "--model_path", *tested.values())
         check_exports(job.source, tokenizer, job.export)
-        loaded = load_model(job.source, dtype=job.common.dtype, device=job.common.device, tokenizer=tokenizer)
+        check_loads(job.source)
+    text = _text(job, run, journal, tokenizer, teacher)
+    answers = None
+    if job.training.distill.distill and teaching.caches(journal, job.source, job.teacher, job.training, job.common, params):
+        with run.stage("teach"):
+            answers = teaching.answers(journal, lambda: teacher.either(), text, job.training, job.common.seed)
+    if teacher is not None and (answers is not None or not job.training.distill.distill):
+        teacher.drop()
+        teacher = None
+    loaded = load_model(job.source, dtype=job.common.dtype, device=job.common.device, tokenizer=tokenizer)
     # An experiment that was pruned under the same name keeps the description and the metrics of its pruning.
     suffix = "_finetune" if (run.dir / MODEL_FILE).exists() else ""
     settings = {"model_path": job.source.path, **asdict(job.common), **asdict(job.training)}
     run.describe(settings, f"description{suffix}.txt")
-    results: dict[str, list[Perplexity]] = {}
+    results, split = {}, job.common.split("test")
     if job.test_before:
-        results["before"] = steps.measure(run, loaded, tested, "before fine-tuning", job.common.split("test"))
+        results["before"] = steps.measure_once(journal, run, loaded, tested, "before fine-tuning", split)
+    beside = None if teacher is None else teacher.whole().model
     base, seed = job.source.path, job.common.seed
-    run.metrics["training"] = train_and_save(loaded, job.training, windows, run, seed=seed, save=job.save, base=base)
+    run.metrics["training"] = train_and_save(
+        loaded, job.training, text, run, journal, seed=seed, save=job.save, base=base, teacher=beside, answers=answers
+    )
+    del beside, teacher
     if job.test_after:
-        results["after"] = steps.measure(run, loaded, tested, "after fine-tuning", job.common.split("test"))
+        results["after"] = steps.measure_once(journal, run, loaded, tested, "after fine-tuning", split)
     run.metrics["ppl"] = {when: [result.as_dict() for result in measured] for when, measured in results.items()}
     run.save_metrics(f"metrics{suffix}.json")
     for before, after in zip(results.get("before", ()), results.get("after", ()), strict=False):
         logger.info("PPL %s %s: %.4f -> %.4f", before.corpus, before.split, before.ppl, after.ppl)
     steps.export(run, loaded, job.export, f"metrics{suffix}.json")
+    journal.finish()
     return loaded
 
 
+def _text(job: RecoverJob, run: Run, journal: Journal, tokenizer: Any, teacher: Teacher | None) -> TrainingText:
+    """The training text, and the journal's beginning with it."""
+    write = None
+    if teacher is not None:
+        write = teaching.writer(run.dir, lambda: teacher.whole(), teacher.source, job.training, job.common.seed)
+    with run.stage("text"):
+        text = training_text(tokenizer, job.training, job.common, write)
+        rows = [text.rows.windows, *(part.windows for part in text.held_out.values())]
+        check_token_ids(job.source, "--model_path", *rows)
+        parallel.check_shares(text.rows.windows)
+    journal.begin(text.fingerprint(), resumed=job.resume)
+    journal.once("command", lambda: run.command)
+    return text
+
+
 def train_and_save(
-    loaded: LoadedModel, config: FinetuneConfig, windows: torch.Tensor, run: Run, *, seed: int, save: bool, base: Path
+    loaded: LoadedModel,
+    config: FinetuneConfig,
+    text: TrainingText,
+    run: Run,
+    journal: Journal,
+    *,
+    seed: int,
+    save: bool,
+    base: Path,
+    teacher: Any = None,
+    answers: DrawnAnswers | None = None,
 ) -> dict[str, Any]:
     """Fine-tune `loaded` in place and write `pytorch_model_finetuned.bin` (and LoRA's `adapter/`) into the run's folder.
 
-    `base` is the checkpoint that the weights come from, for the record. Returns the training record of `finetune`. Raises
-    RunError, with nothing written, when the loss or its gradient is not finite.
+    `base` is the checkpoint that the weights come from, for the record. A training that was cut off goes on from its last
+    checkpoint in the journal's folder. Returns the training record of `finetune`. Raises RunError, with nothing written but
+    checkpoints, when the loss or its gradient is not finite.
     """
-    from LLMPruner.trainer.finetuner import finetune
+    from LLMPruner.trainer.curve import plot_training
+    from LLMPruner.trainer.finetuner import Places, finetune
 
-    adapter_dir = run.dir / "adapter" if save and config.method == "lora" else None
+    places = Places(
+        checkpoints=journal.work / "training",
+        adapter=run.dir / "adapter" if save and config.method == "lora" else None,
+        curves=run.timestamp_dir / "tensorboard",
+        base=base,
+    )
     with run.stage("train") as record:
-        record |= finetune(loaded, config, windows, seed=seed, adapter_dir=adapter_dir, base=base)
-    loaded.provenance["finetune"] = _provenance(config, record["warmup_steps"], len(windows), seed, base, run.command)
+        record |= finetune(loaded, config, text, seed=seed, places=places, teacher=teacher, answers=answers)
+    loaded.provenance["finetune"] = _provenance(config, record, text, seed, base, journal.done["command"])
+    if parallel.main():
+        plot_training(run.dir / "training.png", record["curve"], record["held_out"], record["kept_step"])
     if save:
         steps.save(run, loaded, FINETUNED_FILE)
     return record
 
 
-def _provenance(config: FinetuneConfig, warmup_steps: int, windows: int, seed: int, base: Path, command: str) -> dict[str, Any]:
+def _provenance(
+    config: FinetuneConfig, record: dict[str, Any], text: TrainingText, seed: int, base: Path, command: str
+) -> dict[str, Any]:
     import peft
 
-    settings = {name: value for name, value in asdict(config).items() if name not in ("prefix", "dataset", "lora")}
+    left_out = ("prefix", "dataset", "lora", "distill", "report_to")
+    settings = {name: value for name, value in asdict(config).items() if name not in left_out}
     if config.method == "lora":
         settings["lora"] = asdict(config.lora)
+    if config.distill.distill:
+        settings["distill"] = asdict(config.distill)
     return settings | {
         "lr": config.learning_rate,
-        "warmup_steps": warmup_steps,
-        "corpus": config.dataset,
+        "warmup_steps": record["warmup_steps"],
+        "corpus": as_typed(config),
+        "parts": text.weights,
         "split": "train",
-        "windows": windows,
+        "windows": len(text.rows.windows),
+        "kept_step": record["kept_step"],
         "seed": seed,
         "base_checkpoint": str(base),
         "command": command,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from LLMPruner.model.forward import LayerRunner
     from LLMPruner.model.load import LoadedModel
     from LLMPruner.run import Run
+    from LLMPruner.stages.journal import Journal
 
 logger = logging.getLogger("LLMPruner")
 
@@ -99,6 +100,20 @@ def measure(
         results = measure_ppl(loaded.runner, windows, label, split)
         record["ppl"] = [result.as_dict() for result in results]
     return results
+
+
+def measure_once(
+    journal: Journal, run: Run, loaded: LoadedModel, windows: dict[str, torch.Tensor], label: str, split: str
+) -> list[Perplexity]:
+    """`measure`, but what a run that is continued has measured already."""
+    from LLMPruner.evaluator.ppl import Perplexity
+
+    return journal.once(
+        f"PPL {label}",
+        lambda: measure(run, loaded, windows, label, split),
+        dump=lambda results: [result.as_dict() for result in results],
+        load=lambda rows: [Perplexity.of(row) for row in rows],
+    )
 
 
 def save(run: Run, loaded: LoadedModel, name: str) -> None:

@@ -1,245 +1,297 @@
-"""Recovery after pruning: LoRA or full fine-tuning on transformers' Trainer, in place."""
+"""Recovery after pruning: LoRA or full fine-tuning, with or without a teacher, on transformers' Trainer, in place."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-import math
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from LLMPruner.config import FinetuneConfig, LoraConfig
-from LLMPruner.errors import RunError
-from LLMPruner.families.family import Family
-from LLMPruner.files import write_folder_atomically
+from LLMPruner import parallel
+from LLMPruner.config import FinetuneConfig
 from LLMPruner.model.load import LoadedModel
+from LLMPruner.model.rates import measure_rates
+from LLMPruner.trainer.batch import Batch, choose_batch
+from LLMPruner.trainer.checkpoints import KEPT, MarkWhole, last_checkpoint, read_weights, write_weights
+from LLMPruner.trainer.loss import IGNORED, Student
+from LLMPruner.trainer.progress import Bar, Pace, Progress, Watch
+from LLMPruner.trainer.teacher import DrawnAnswers
+from LLMPruner.trainer.trained import adapters, float32_weights, save_adapter, trainable, training_settings
+
+if TYPE_CHECKING:
+    from LLMPruner.data.training import TrainingRows, TrainingText
 
 logger = logging.getLogger("LLMPruner")
 
-ADVICE = "use LoRA (--use_lora --lora_target_attention --lora_target_mlp --lr 2e-4), a lower learning rate, or --dtype float32"
+
+@dataclass(frozen=True)
+class Places:
+    """Where a training keeps what it makes; None: nowhere."""
+
+    checkpoints: Path | None = None  # a training that finds one there goes on from it
+    adapter: Path | None = None
+    curves: Path | None = None  # for TensorBoard
+    base: Path | None = None  # the model that an adapter is for
 
 
 def finetune(
     loaded: LoadedModel,
     config: FinetuneConfig,
-    windows: torch.Tensor,
+    text: TrainingText,
     *,
     seed: int,
-    adapter_dir: Path | None = None,
-    base: Path | None = None,
+    places: Places = Places(),
+    teacher: Any = None,
+    answers: DrawnAnswers | None = None,
 ) -> dict[str, Any]:
-    """Train `loaded.model` on packed windows `(n, seq_len)`, int64; every token but the first of a window is a target.
+    """Train `loaded.model` on packed windows; the state with the least loss on the text's held-out windows is kept.
 
-    LoRA adapters are saved to `adapter_dir`, naming `base` as their model, and merged, so the model is afterwards what it
-    was, with other weights. Returns method, steps, trainable parameters, learning rate, warm-up steps, and the first and last
-    logged loss (nats a token). Raises RunError on a non-finite loss or gradient; a model under LoRA then has its old weights
-    back.
+    With distillation either `teacher`, a dense model beside the student, or its drawn `answers` to the text's windows and then
+    to those held out, are given. LoRA adapters are saved to `places.adapter` and merged, so the model is afterwards what it
+    was, with other weights. Returns method, steps, trainable parameters, learning rate, warm-up steps, the curves, and the
+    first and last logged loss (nats a token). Raises RunError on a non-finite loss or gradient; a model under LoRA then has
+    its old weights back.
     """
-    model, table = loaded.model, loaded.plan.geometry.table
-    weights = adapters(model, table, config.lora, seed) if config.method == "lora" else float32_weights(model)
-    precision = model.dtype  # of the weights as loaded
-    with _training_settings(model), weights as trained:
-        trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-        logger.info("training %s parameters of %s", f"{trainable:,}", f"{loaded.plan.total_params:,} in the model")
-        steps, losses = _train(trained, config, windows, precision, seed)
-        if adapter_dir is not None:
-            _save_adapter(trained, adapter_dir, base)
+    model = loaded.model
+    precision = _autocast(model)
+    with ExitStack() as stack:
+        if config.method == "lora":
+            weights = adapters(model, loaded.plan.geometry.table, config.lora, seed)
+        else:
+            weights = float32_weights(model)
+        trained = stack.enter_context(weights)
+        folder = places.checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        student = Student(model, config.distill, teacher)
+        count = sum(parameter.numel() for parameter in trainable(student).values())
+        logger.info("training %s parameters of %s", f"{count:,}", f"{loaded.plan.total_params:,} in the model")
+        batch = choose_batch(student, config, text.rows.windows, folder, precision)
+        stack.enter_context(training_settings(model, recompute=batch.recompute))
+        last = last_checkpoint(folder)
+        if last is not None:
+            logger.info("going on from %s", last)
+        steps = config.steps(-(-len(text.rows.windows) // parallel.count()))
+        arguments = _arguments(config, steps, batch, folder, model, seed) | _checks(text, resumed=last is not None)
+        trainer = _trainer(student, config, text, _training_arguments(arguments, model.device), answers)
+        _report(trainer, config, places, text.rows.windows.shape[1])
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # autocast replaces `forward`
+        if places.adapter is not None and parallel.main():
+            save_adapter(trained, places.adapter, places.base)
+    return _record(config, trainer, count)
+
+
+def _record(config: FinetuneConfig, trainer: Trainer, count: int) -> dict[str, Any]:
+    """What a training says of itself, from the Trainer's history, which outlives an interruption."""
+    history = trainer.state.log_history
+    losses = [row for row in history if "loss" in row]
+    checks = [{name: row[name] for name in row if name.startswith(("eval_", "step"))} for row in history if "eval_loss" in row]
     return {
         "method": config.method,
-        "steps": steps,
-        "trainable_parameters": trainable,
+        "steps": trainer.state.global_step,
+        "trainable_parameters": count,
         "learning_rate": config.learning_rate,
-        "warmup_steps": config.warmup(_steps(config, len(windows))),
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+        "warmup_steps": config.warmup(trainer.state.max_steps),
+        "loss_first": losses[0]["loss"],
+        "loss_last": losses[-1]["loss"],
+        "curve": [[row["step"], row["loss"]] for row in losses],
+        "held_out": checks,
+        "kept_step": trainer.state.best_global_step if trainer.state.best_model_checkpoint else trainer.state.global_step,
     }
 
 
-@contextmanager
-def adapters(model: torch.nn.Module, table: Family, config: LoraConfig, seed: int) -> Iterator[torch.nn.Module]:
-    """Fresh LoRA adapters (Hu et al. 2021) on `model`, the only trainable parameters, float32 whatever the model's dtype.
-
-    On leaving they are merged into the weights; after an exception they are dropped. `model` is then plain again.
-    """
-    import peft
-
-    torch.manual_seed(seed)
-    wanted = {"attention": config.target_attention, "mlp": config.target_mlp}
-    targets = [part.name for sublayer in table.sublayers if wanted[sublayer.name] for part in sublayer.projections]
-    settings = peft.LoraConfig(
-        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
+def _trainer(
+    student: Student, config: FinetuneConfig, text: TrainingText, arguments: TrainingArguments, answers: DrawnAnswers | None
+) -> _Trainer:
+    """A Trainer whose checks measure every held-out part."""
+    held_out, offset = {}, len(text.rows.windows)
+    for name, rows in text.held_out.items():
+        held_out[name] = _Rows(rows, answers, offset)
+        offset += len(rows.windows)
+    trainer = _Trainer(
+        model=student,
+        args=arguments,
+        train_dataset=_Rows(text.rows, answers),
+        eval_dataset=held_out or None,
+        data_collator=_collate,
     )
-    adapted = peft.get_peft_model(model, settings)
-    try:
-        yield adapted
-        adapted.merge_and_unload()
-    except BaseException:
-        adapted.unload()
-        raise
-    finally:
-        model.requires_grad_(False).eval()
+    trainer.weights = text.weights
+    return trainer
 
 
-@contextmanager
-def float32_weights(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """All weights trainable, and float32 meanwhile: steps of 1e-5 vanish when they are rounded to bfloat16."""
-    precision = model.dtype
-    _cast_parameters(model, torch.float32)
-    model.requires_grad_(True)
-    try:
-        yield model
-    finally:
-        _cast_parameters(model, precision)
-        model.requires_grad_(False).eval()
+def _report(trainer: _Trainer, config: FinetuneConfig, places: Places, seq_len: int) -> None:
+    """Our own lines, bar and checks instead of the Trainer's."""
+    arguments, student = trainer.args, trainer.model
+    for plain in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(plain)
+    tokens = config.windows_per_step * seq_len * parallel.count()
+    kept = "" if places.checkpoints is None else f"; the last good state is kept in {places.checkpoints}"
+    device, dtype = student.model.device, _autocast(student.model) or student.model.dtype
+    peak = measure_rates(device, dtype, student.config.hidden_size).matmul
+    pace = Pace(tokens, _token_flops(student, config), peak, parallel.count())
+    callbacks: list[TrainerCallback] = [Progress(pace, device), Watch(arguments.save_steps, kept), MarkWhole()]
+    if sys.stderr.isatty() and parallel.main():
+        callbacks.append(Bar())
+    if config.report_to == "tensorboard" and places.curves is not None and parallel.main():
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(places.curves))))
+    for callback in callbacks:
+        trainer.add_callback(callback)
 
 
-def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():  # not `model.to`: that would round the rotary table, a float32 buffer, as well
-        parameter.grad = None
-        parameter.data = parameter.data.to(dtype)
+def _token_flops(student: Student, config: FinetuneConfig) -> float:
+    """FLOPs of a token's way through all matrices and back; to the weights too where these are trained."""
+
+    def matrices(model: torch.nn.Module) -> int:
+        return sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
+
+    beside = student.beside[0]
+    return (4 if config.method == "lora" else 6) * matrices(student.model) + 2 * (0 if beside is None else matrices(beside))
 
 
-@contextmanager
-def _training_settings(model: torch.nn.Module) -> Iterator[None]:
-    """No KV cache while training; afterwards what it was, and no gradient checkpointing, which the Trainer leaves on."""
-    use_cache, model.config.use_cache = model.config.use_cache, False
-    try:
-        yield
-    finally:
-        model.config.use_cache = use_cache
-        if model.is_gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()  # the hook that checkpointing put on the embeddings
+class _Rows(torch.utils.data.Dataset):
+    """Windows with what is to be learned of them: labels, and the teacher's answers where they were drawn."""
+
+    def __init__(self, rows: TrainingRows, answers: DrawnAnswers | None, offset: int = 0) -> None:
+        self.rows, self.answers, self.offset = rows, answers, offset
+
+    def __len__(self) -> int:
+        return len(self.rows.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids, learned = self.rows.windows[index], self.rows.targets[index]
+        labels = torch.full_like(ids, IGNORED)
+        labels[:-1] = torch.where(learned[1:], ids[1:], IGNORED)
+        return {"input_ids": ids, "labels": labels} | ({} if self.answers is None else self.answers[self.offset + index])
 
 
-def _train(
-    model: torch.nn.Module, config: FinetuneConfig, windows: torch.Tensor, precision: torch.dtype, seed: int
-) -> tuple[int, list[float]]:
-    """Optimizer steps taken and the losses logged on the way; the model keeps no trace of the Trainer."""
-    progress = _Progress()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _Trainer(
-            model=model,
-            args=_arguments(config, len(windows), folder, model.device, precision, seed),
-            train_dataset=list(windows),
-            data_collator=_collate,
-            callbacks=[progress],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        if sys.stderr.isatty():
-            trainer.add_callback(_Bar())
-        trainer.train()
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast replaces `forward`
-    return trainer.state.global_step, progress.losses
+def _collate(rows: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class _Trainer(Trainer):
-    """Stops at the first loss that is not a number: going on would only ruin the weights for longer."""
+    """Losses summed over a step's tokens, however many are computed at once; checks of each part; our checkpoints."""
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(*args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss).all():
-            raise RunError(f"the training loss became {loss.item()} in step {self.state.global_step + 1}: {ADVICE}")
-        return result
+    weights: Mapping[str, float]  # of the held-out parts in the loss that decides
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the step's tokens here, not by its batches
 
-class _Progress(TrainerCallback):
-    """Plain log lines, the losses in the order they were logged, and no step with a broken gradient."""
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, torch.Tensor]:
+        """The batches of a step, and the tokens that all processes learn in it."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        count = torch.stack([batch["labels"].ne(IGNORED).sum() for batch in batches]).sum() if batches else torch.zeros(())
+        return batches, self.accelerator.reduce(count.to(device).float(), "sum")
 
-    def __init__(self) -> None:
-        self.losses: list[float] = []
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> Any:
+        """The batch's share of the step's mean loss a token; gradients are averaged over processes afterwards."""
+        return model(**inputs)[0] / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Stop before a gradient that is not finite gets into the weights (float16's loss scaling skips such a step)."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if not args.fp16 and not torch.isfinite(norm):
-            raise RunError(f"the gradient norm became {norm.item()} in step {state.global_step + 1}: {ADVICE}")
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Mean losses a token on each held-out part, and their mean as the parts are mixed."""
+        model, metrics = self.model_wrapped, {}
+        model.eval()
+        for name, rows in self.eval_dataset.items():
+            sums, tokens = torch.zeros(3, device=self.args.device), 0
+            for place in range(0, len(rows), self.args.per_device_train_batch_size):
+                batch = range(place, min(place + self.args.per_device_train_batch_size, len(rows)))
+                inputs = self._prepare_inputs(_collate([rows[index] for index in batch]))
+                with self.compute_loss_context_manager():
+                    sums += model(**inputs)
+                tokens += int(inputs["labels"].ne(IGNORED).sum())
+            total, entropy, divergence = (sums / max(1, tokens)).tolist()
+            metrics |= {f"eval_{name}_loss": total, f"eval_{name}_nll": entropy, f"eval_{name}_kl": divergence}
+        shares = {name: self.weights[name] for name in self.eval_dataset}
+        mean = sum(share * metrics[f"eval_{name}_loss"] for name, share in shares.items()) / sum(shares.values())
+        metrics = {"eval_loss": mean, **metrics}
+        parts = "; ".join(f"{name} {metrics[f'eval_{name}_nll']:.4f} nats" + _kl(metrics, name) for name in self.eval_dataset)
+        logger.info("step %d  held-out loss %.4f: %s", self.state.global_step, mean, parts)
+        self.log(dict(metrics))
+        return metrics
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last step is logged in any case."""
-        control.should_log = control.should_log or state.global_step == state.max_steps
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        write_weights(self.model, Path(output_dir))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """One line; the Trainer's closing summary, which has no loss of a step, is left out."""
-        if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
-            rate = logs["learning_rate"]
-            logger.info("step %d of %d  loss %.4f  lr %.2e", state.global_step, state.max_steps, self.losses[-1], rate)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        read_weights(self.model, Path(resume_from_checkpoint))
 
-
-class _Bar(ProgressCallback):
-    """The bar alone: what it would print beside it is in the log lines already."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Nothing."""
-
-
-def _collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    ids = torch.stack(rows)  # (batch, seq_len)
-    return {"input_ids": ids, "labels": ids}
-
-
-def _steps(config: FinetuneConfig, count: int) -> int:
-    """Optimizer steps of a training on `count` windows."""
-    return math.ceil(math.ceil(count / config.batch_size) / config.grad_accum) * config.epochs
-
-
-def _arguments(
-    config: FinetuneConfig, count: int, folder: str, device: torch.device, precision: torch.dtype, seed: int
-) -> TrainingArguments:
-    steps = _steps(config, count)
-    on_gpu = device.type == "cuda"
-    half = on_gpu and precision != torch.float32  # who asks for --dtype float32 gets no autocast
-    bf16 = half and torch.cuda.is_bf16_supported(including_emulation=False)
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.grad_accum,
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        warmup_steps=config.warmup(steps),
-        lr_scheduler_type="cosine",
-        logging_steps=max(1, steps // 20),
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-        data_seed=seed,
-        bf16=bf16,
-        fp16=half and not bf16,
-        gradient_checkpointing=on_gpu,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=on_gpu,
-        disable_tqdm=not sys.stderr.isatty(),
-    )
-    _keep_on(arguments, device)
-    return arguments
+    def _load_best_model(self) -> None:
+        logger.info("the best state is that of step %d", self.state.best_global_step)
+        read_weights(self.model, Path(self.state.best_model_checkpoint))
 
 
-def _keep_on(arguments: TrainingArguments, device: torch.device) -> None:
+def _kl(metrics: Mapping[str, float], name: str) -> str:
+    divergence = metrics[f"eval_{name}_kl"]
+    return f", KL {divergence:.4f}" if divergence else ""
+
+
+def _autocast(model: torch.nn.Module) -> torch.dtype | None:
+    """What products are computed in where that is not the weights' own; who asks for --dtype float32 gets no autocast."""
+    if model.device.type != "cuda" or model.dtype == torch.float32:
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _arguments(config: FinetuneConfig, steps: int, batch: Batch, folder: Path, model: Any, seed: int) -> dict[str, Any]:
+    precision = _autocast(model)
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": batch.windows,
+        "gradient_accumulation_steps": config.windows_per_step // batch.windows,
+        "num_train_epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "warmup_steps": config.warmup(steps),
+        "lr_scheduler_type": "cosine",
+        "optim": "adamw_bnb_8bit" if config.optimizer == "adamw_8bit" else "adamw_torch_fused",
+        "logging_steps": max(1, steps // 20),
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": config.check_every(steps),
+        "save_total_limit": KEPT,
+        "report_to": "none",
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": precision == torch.bfloat16,
+        "fp16": precision == torch.float16,
+        "use_cpu": model.device.type == "cpu",
+        "dataloader_pin_memory": model.device.type == "cuda",
+        "disable_tqdm": not sys.stderr.isatty(),
+    }
+
+
+def _checks(text: TrainingText, *, resumed: bool) -> dict[str, Any]:
+    """Arguments for a look at the held-out text before the first step and at every checkpoint, and for keeping the best one."""
+    if not text.held_out:
+        return {}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    return {"eval_strategy": "steps", "eval_on_start": not resumed, **best}
+
+
+def _training_arguments(values: dict[str, Any], device: torch.device) -> TrainingArguments:
     """Train where the model is: by itself the Trainer takes cuda:0, and copies the model to all GPUs (DataParallel)."""
+    if "eval_strategy" in values:
+        values |= {"eval_steps": values["save_steps"]}
+    arguments = TrainingArguments(**values)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
-    if device.type == "cuda" and device.index:
+    if device.type == "cuda" and device.index and parallel.count() == 1:
         torch.cuda.set_device(device)
         arguments.distributed_state.device = device  # of accelerate
         vars(arguments)["_setup_devices"] = device  # the cached value of `arguments.device`
-
-
-def _save_adapter(model: torch.nn.Module, folder: Path, base: Path | None) -> None:
-    """Write the adapter whole, in place of an older one."""
-    if base is not None:  # peft would name the dense model that the weights came from once
-        model.peft_config["default"].base_model_name_or_path = str(base.resolve())
-    # "auto" would ask the hub about the vocabulary
-    write_folder_atomically(folder, lambda temporary: model.save_pretrained(temporary, save_embedding_layers=False))
+    return arguments

@@ -1,0 +1,165 @@
+"""The dense model as a teacher: where it is, the text that it writes for a training, and its answers to all of the text."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from LLMPruner import parallel
+from LLMPruner.config import CommonConfig, FinetuneConfig
+from LLMPruner.data.mixture import SELF, mixture
+from LLMPruner.data.windows import bos_token
+from LLMPruner.errors import UsageError
+from LLMPruner.memory import available_memory
+from LLMPruner.model.device import resolve_device, resolve_dtype
+from LLMPruner.model.fit import streaming
+from LLMPruner.model.load import load_model, load_tokenizer
+from LLMPruner.model.source import ModelSource, find_model
+from LLMPruner.stages.journal import Journal, kept_windows, mark_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from LLMPruner.data.training import TrainingText
+    from LLMPruner.model.load import LoadedModel
+    from LLMPruner.trainer.teacher import DrawnAnswers
+
+logger = logging.getLogger("LLMPruner")
+
+SELF_TEXT = "self_text.safetensors"  # of an experiment: written once
+FULL_BYTES = {"adamw": 16, "adamw_8bit": 10}  # of a parameter that is trained: itself and its gradient in float32, two moments
+USED = 0.7  # of the free memory, by weights and what belongs to them
+
+
+def needs_teacher(config: FinetuneConfig) -> bool:
+    """Whether a training asks the dense model anything."""
+    return config.distill.distill or SELF in (part.name for part in mixture(config))
+
+
+def find_teacher(source: ModelSource, config: FinetuneConfig) -> ModelSource | None:
+    """The dense model of `source`, as asked for or as its record names it; None where a training does not need it.
+
+    Raises UsageError where it is not there, or has another vocabulary.
+    """
+    if not needs_teacher(config):
+        return None
+    path = config.distill.teacher or source.provenance.get("base_model")
+    if not path:
+        raise UsageError(f"{source.path} does not say which dense model it was pruned from: name it with --teacher")
+    try:
+        teacher = find_model(str(path), "--teacher")
+    except UsageError as error:
+        raise UsageError(f"the dense model is needed to learn from ({error}): name it with --teacher") from error
+    if teacher.geometry.vocab_size != source.geometry.vocab_size:
+        raise UsageError(f"--teacher {teacher.path} has another vocabulary than {source.path}: give its dense model")
+    return teacher
+
+
+class Teacher:
+    """The dense model, in memory from when it is first asked until it is dropped."""
+
+    def __init__(self, source: ModelSource, common: CommonConfig, folder: Path, tokenizer: Any) -> None:
+        self.source, self.common, self.folder, self.tokenizer = source, common, folder, tokenizer
+        self._loaded: LoadedModel | None = None
+        if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+            raise UsageError(f"--teacher {source.path} reads other tokens than the model: give its dense model")
+
+    def whole(self) -> LoadedModel:
+        """All of it on the device."""
+        if self._loaded is not None and not self._loaded.store.resident:
+            self.drop()
+        if self._loaded is None:
+            self._loaded = load_model(
+                self.source, dtype=self.common.dtype, device=self.common.device, tokenizer=self.tokenizer
+            )
+        return self._loaded
+
+    def either(self) -> LoadedModel:
+        """In memory, or streamed where it does not fit."""
+        if self._loaded is None:
+            stream = streaming(self.source, self.common, self.folder)
+            self._loaded = load_model(
+                self.source, dtype=self.common.dtype, device=self.common.device, tokenizer=self.tokenizer, stream=stream
+            )
+        return self._loaded
+
+    def drop(self) -> None:
+        """Give its memory back."""
+        self._loaded = None
+        gc.collect()  # a model may refer to itself
+
+
+def writer(
+    folder: Path, teacher: Callable[[], LoadedModel], source: ModelSource, config: FinetuneConfig, seed: int
+) -> Callable[[int], torch.Tensor]:
+    """`write(count)` for the training text: windows that the dense model writes, or wrote in this experiment before."""
+
+    def write(count: int) -> torch.Tensor:
+        from LLMPruner.data.self_text import write_windows
+
+        settings = {"samples": count, "seq_len": config.seq_len, "seed": seed + 2}  # not what the repair and the search read
+
+        def make() -> torch.Tensor:
+            loaded = teacher()
+            return write_windows(loaded.model, loaded.tokenizer, bos=bos_token(loaded.tokenizer, "auto"), **settings)
+
+        return kept_windows(folder / SELF_TEXT, mark_of([source.fingerprint(), settings]), make)
+
+    return write
+
+
+def answers(
+    journal: Journal, teacher: Callable[[], LoadedModel], text: TrainingText, config: FinetuneConfig, seed: int
+) -> DrawnAnswers:
+    """The teacher's answers to all windows of the text, and then to those held out, on disk."""
+    import torch
+
+    from LLMPruner.trainer.teacher import DrawnAnswers, draw_answers
+
+    windows = torch.cat([text.rows.windows, *(rows.windows for rows in text.held_out.values())])
+    kept = DrawnAnswers(journal.work / "answers", journal.run)
+    return draw_answers(lambda: teacher().runner, windows, config.distill, kept, seed=seed)
+
+
+def caches(
+    journal: Journal, student: ModelSource, teacher: ModelSource, config: FinetuneConfig, common: CommonConfig, params: int
+) -> bool:
+    """Whether the answers are drawn to disk: as asked for, else where both models with a training's state do not fit.
+
+    `params`: of the student.
+    """
+    if config.distill.teacher_answers != "auto":
+        return config.distill.teacher_answers == "cached"
+
+    def decide() -> bool:
+        device = resolve_device(common.device)
+        size = resolve_dtype(common.dtype, device).itemsize
+        needed = params * (FULL_BYTES[config.optimizer] if config.method == "full" else size)
+        needed += teacher.plan.total_params * size
+        free = parallel.least(available_memory(str(device)))
+        logger.info("teacher and student take %.1f GB of %s memory, %.1f GB are free", needed / 1e9, device, free / 1e9)
+        return needed > USED * free
+
+    return journal.once("teacher answers on disk", decide)
+
+
+def check_memory(params: int, config: FinetuneConfig, common: CommonConfig) -> None:
+    """Say what full fine-tuning of so many parameters takes. Raises UsageError where that is more than there is."""
+    if config.method != "full":
+        return
+    device = resolve_device(common.device)
+    needed, free = params * FULL_BYTES[config.optimizer], available_memory(str(device))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # the launcher's own word: each process holds a part
+        needed //= parallel.count()
+    what = (
+        f"full fine-tuning of {params / 1e9:.2f} billion parameters takes {needed / 1e9:.1f} GB "
+        "for weights, gradients and the optimizer's moments"
+    )
+    if needed > free:
+        lora = "--use_lora" if config.prefix == "--" else f"{config.prefix}method lora"
+        raise UsageError(f"{what}, and {device} has {free / 1e9:.1f} GB free: use {lora}")
+    logger.info("%s; %.1f GB are free", what, free / 1e9)
