@@ -110,7 +110,7 @@ class FinetuneConfig:
     max_grad_norm: float = setting(1.0, "gradient clipping; 0: none")
     warmup_steps: int | None = setting(None, "steps of linear warm-up; default: 100, but at most a tenth of all steps")
     weight_decay: float = setting(0.01, "AdamW weight decay")
-    dataset: str = setting("wikitext2", "corpus to train on (its train split), or a local text file")
+    dataset: tuple[str, ...] = setting(("wikitext2",), "corpora, files, self (the dense model's text); :WEIGHT may follow")
     lora: LoraConfig = LoraConfig()
     prefix: str = "--"
 

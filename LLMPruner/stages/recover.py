@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.config import FinetuneConfig
+from LLMPruner.data.mixture import as_typed, mixture
 from LLMPruner.data.windows import evaluation_windows, training_windows
 from LLMPruner.model.load import load_model, load_tokenizer
 from LLMPruner.model.source import check_token_ids
@@ -81,7 +82,8 @@ def _provenance(config: FinetuneConfig, warmup_steps: int, windows: int, seed: i
     return settings | {
         "lr": config.learning_rate,
         "warmup_steps": warmup_steps,
-        "corpus": config.dataset,
+        "corpus": as_typed(config),
+        "parts": {part.name: part.weight for part in mixture(config)},
         "split": "train",
         "windows": windows,
         "seed": seed,
