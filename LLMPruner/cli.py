@@ -161,7 +161,8 @@ def add_settings(
 def settings_of(config: type, args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
     """The values that the flags `--<prefix><name>` gave to the fields of `config`."""
     names = [entry.name for entry in fields(config) if "help" in entry.metadata and hasattr(args, prefix + entry.name)]
-    return {name: getattr(args, prefix + name) for name in names}
+    values = {name: getattr(args, prefix + name) for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:

@@ -146,7 +146,7 @@ class FinetuneConfig:
         None, "steps between checkpoints, each with a loss on held-out text; default: a tenth of all steps"
     )
     report_to: str = setting("none", "tensorboard: also write curves for it, below the run's folder")
-    dataset: str = setting("wikitext2", "corpus to train on (its train split), or a local text file")
+    dataset: tuple[str, ...] = setting(("wikitext2",), "corpora, files, self (the dense model's text); :WEIGHT may follow")
     lora: LoraConfig = LoraConfig()
     distill: DistillConfig = DistillConfig()
     prefix: str = "--"

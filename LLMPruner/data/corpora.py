@@ -29,9 +29,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from LLMPruner.data.local import SUFFIXES, read_rows
+from LLMPruner.data import local
+from LLMPruner.data.local import SUFFIXES
 from LLMPruner.errors import UsageError
 from LLMPruner.files import existing_path
 
@@ -51,6 +53,7 @@ class Corpus:
     halves: dict[str, int] | None = None  # splits that share a file: of its rows every second from this one on
     raw_joint: str = "\n\n"  # what papers put between two rows
     documents: bool = False  # rows are texts of their own, and too many to be read whole where a few windows are wanted
+    chats: bool = False  # rows are chats (data/chat.py), of a train split alone: text for fine-tuning and nothing else
 
 
 CORPORA = {
@@ -69,7 +72,10 @@ CORPORA = {
     ),
     # Australian news articles that the PyPI package gensim carries: real text without a hub.
     "news": Corpus("news"),
+    # 52 thousand instructions with answers of a larger model (Taori et al. 2023)
+    "alpaca": Corpus("alpaca", hub="tatsu-lab/alpaca", chats=True),
 }
+TEXTS = tuple(sorted(name for name, corpus in CORPORA.items() if not corpus.chats))
 
 
 def check_corpus(name: str, data_dir: str | None, split: str, seq_len: int = 1, text_format: str = "clean") -> None:
@@ -77,10 +83,7 @@ def check_corpus(name: str, data_dir: str | None, split: str, seq_len: int = 1, 
 
     No tokenizer is needed: a token is at least one byte.
     """
-    if data_dir is not None and not existing_path(data_dir, "--data_dir").is_dir():
-        raise UsageError(f"--data_dir {data_dir} is not a folder")
-    if name not in CORPORA:
-        _check_file(name)
+    check_place(name, data_dir)
     size = 0
     if reads_a_part(name):
         texts: Iterable[str] = documents(name, split, data_dir, seed=0, text_format=text_format)
@@ -94,12 +97,17 @@ def check_corpus(name: str, data_dir: str | None, split: str, seq_len: int = 1, 
         raise UsageError(f"corpus {name}, split {split}, has {size} bytes: shorter than one window of {seq_len}")
 
 
-def _check_file(name: str) -> None:
+def check_place(name: str, data_dir: str | None, known: Iterable[str] = TEXTS) -> None:
+    """Raise UsageError unless the corpus is a named one, or a local file of a kind that is read; `known` names are proposed."""
+    if data_dir is not None and not existing_path(data_dir, "--data_dir").is_dir():
+        raise UsageError(f"--data_dir {data_dir} is not a folder")
+    if name in CORPORA:
+        return
     place = existing_path(name, "corpus")
     if not place.is_file():
-        known, folder = ", ".join(sorted(CORPORA)), " (a folder)" if name and place.is_dir() else ""
+        names, folder = ", ".join(known), " (a folder)" if name and place.is_dir() else ""
         raise UsageError(
-            f"unknown corpus {name!r}{folder}: use one of {known}, or the path of a local {'/'.join(SUFFIXES)} file"
+            f"unknown corpus {name!r}{folder}: use one of {names}, or the path of a local {'/'.join(SUFFIXES)} file"
         )
     if place.suffix.lower() not in SUFFIXES:
         raise UsageError(f"corpus file {name} must end in {', '.join(SUFFIXES)}")
@@ -155,11 +163,29 @@ def _formatted(row: str | None, name: str, text_format: str) -> str | None:
     return row.strip() if joint(name, text_format) == " " else row  # the blanks around PTB's lines are not in the hub's rows
 
 
+def holds_chats(name: str) -> bool:
+    """Whether fine-tuning on the corpus learns the answers of its chats. Raises UsageError for a malformed file."""
+    return CORPORA[name].chats if name in CORPORA else local.holds_chats(local.column_names(Path(name).expanduser()))
+
+
+def chat_rows(name: str, data_dir: str | None) -> local.JsonLines | local.Table:
+    """The rows of a corpus of chats as objects. Raises UsageError when they cannot be read."""
+    file = _local_file(name, data_dir, "train")
+    return local.Table(_hub_table(name, "train"), f"corpus {name}") if file is None else local.read_chat_rows(file)
+
+
+def is_local(name: str, split: str, data_dir: str | None) -> bool:
+    """Whether the split of a named corpus lies below `data_dir`."""
+    return _local_file(name, data_dir, split) is not None
+
+
 def _rows(name: str, split: str, data_dir: str | None) -> Sequence[str | None]:
-    local = _local_file(name, data_dir, split)
-    if local is not None:
-        return read_rows(local, CORPORA[name].column if name in CORPORA else "text")
-    return _news_rows(split) if name == "news" else _hub_rows(name, split)
+    if name in CORPORA and CORPORA[name].chats:
+        raise UsageError(f"corpus {name} holds chats, which are for fine-tuning alone: use one of {', '.join(TEXTS)} here")
+    file = _local_file(name, data_dir, split)
+    if file is not None:
+        return local.read_rows(file, CORPORA[name].column if name in CORPORA else "text")
+    return _news_rows(split) if name == "news" else _hub_table(name, split)[CORPORA[name].column]
 
 
 def _local_file(name: str, data_dir: str | None, split: str) -> Path | None:
@@ -176,7 +202,7 @@ def _local_file(name: str, data_dir: str | None, split: str) -> Path | None:
     return next((found[suffix] for suffix in SUFFIXES if suffix in found), None)
 
 
-def _hub_rows(name: str, split: str) -> Sequence[str | None]:
+def _hub_table(name: str, split: str) -> Any:
     import datasets
     import huggingface_hub.constants
 
@@ -188,13 +214,14 @@ def _hub_rows(name: str, split: str) -> Sequence[str | None]:
         table = datasets.load_dataset(corpus.hub, corpus.config, data_files=files, split=split, revision=corpus.revision)
     except Exception as error:  # offline, renamed, gated: each raises its own kind, and the cure is the same
         logger.debug("hub error", exc_info=True)
+        file = f"{split}.jsonl (one chat a line)" if corpus.chats else f"{split}.txt (one row a line)"
         raise UsageError(
             f"corpus {name} cannot be loaded from the hub ({type(error).__name__}): "
-            f"put {corpus.folder}/{split}.txt (one row a line) into a folder and pass --data_dir FOLDER"
+            f"put {corpus.folder}/{file} into a folder and pass --data_dir FOLDER"
         ) from error
     if corpus.halves is not None and split in corpus.halves:
         table = table.select(range(corpus.halves[split], len(table), 2))
-    return table[corpus.column]
+    return table
 
 
 @lru_cache(maxsize=1)

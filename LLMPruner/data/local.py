@@ -1,4 +1,4 @@
-"""Local corpus files as rows of text: .txt, .jsonl, .parquet; what is no text is refused with the file and the line."""
+"""Local corpus files as rows, of text or of chats: .txt, .jsonl, .parquet; what is neither is refused with file and line."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from LLMPruner.errors import UsageError
 SUFFIXES = (".txt", ".parquet", ".jsonl")  # in capitals too
 MARK = "\ufeff"  # the byte-order mark, which some editors write before a text and which is none of it
 HALF = re.compile("[\ud800-\udfff]")  # of a character: JSON's escapes can say it, UTF-8 cannot
+HALF_CHARACTER = "holds half a character (a lone surrogate): write the text anew as UTF-8"
+CHAT_COLUMNS = ("messages", "instruction", "input", "output")
 JSON_KINDS = {list: "a list", dict: "an object", str: "a string", bool: "true or false", int: "a number", float: "a number"}
 
 
@@ -26,7 +28,7 @@ def read_rows(path: Path, column: str) -> Sequence[str | None]:
         if path.suffix.lower() == ".txt":
             lines = io.StringIO(_decoded(path.read_bytes(), path), newline=None)  # None: \r\n ends a line as well
             return [line if line.strip() else "" for line in (line.lstrip(MARK) for line in lines)]
-        return _JsonLines(path, column) if path.suffix.lower() == ".jsonl" else _read_parquet(path, column)
+        return _JsonTexts(path, column) if path.suffix.lower() == ".jsonl" else _read_parquet(path, column)
     except OSError as error:
         raise _unreadable(path, error.strerror or error) from error
 
@@ -56,84 +58,155 @@ def _text_column(names: Sequence[str], column: str, where: str) -> str:
 
 
 def _no_column(where: str, names: Sequence[str], column: str) -> UsageError:
-    return UsageError(f"{where} has no text column: found {', '.join(names) or 'none'}, want {column}")
+    chats = " (its rows are chats, which are for fine-tuning alone)" * holds_chats(names)
+    return UsageError(f"{where} has no text column: found {', '.join(names) or 'none'}, want {column}{chats}")
 
 
-class _JsonLines(Sequence[str | None]):
-    """The rows of a .jsonl file, read when they are asked for: in memory is only where each begins."""
+class JsonLines(Sequence[dict[str, Any]]):
+    """The rows of a .jsonl file as objects, read when they are asked for: in memory is only where each begins."""
 
-    def __init__(self, path: Path, column: str) -> None:
-        self.path, self.column, self.starts, self.numbers, place = path, column, array("Q"), array("Q"), 0
+    def __init__(self, path: Path, want: str) -> None:
+        self.path, self.want, self.starts, self.numbers, place = path, want, array("Q"), array("Q"), 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.removeprefix(codecs.BOM_UTF8).strip():
                     self.starts.append(place)
                     self.numbers.append(number)
                 place += len(line)
-        if self.starts:
-            self.column = _text_column(list(self._object(0)), column, self._where(0))
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> str | None:
-        row = self._object(index)
-        if self.column not in row:  # null would say that there is none
-            raise _no_column(self._where(index), list(row), self.column)
-        text = row[self.column]
-        if not isinstance(text, str | None):
-            raise self._wrong(index, f"has {JSON_KINDS[type(text)]} as its {self.column}: write a string there, or null")
-        if text is not None and HALF.search(text):
-            raise self._wrong(index, "holds half a character (a lone surrogate): write the text anew as UTF-8")
-        return text
-
-    def _where(self, index: int) -> str:
-        return f"{self.path}, line {self.numbers[index]},"
-
-    def _wrong(self, index: int, reason: str) -> UsageError:
-        return _unreadable(self.path, f"line {self.numbers[index]} {reason}")
-
-    def _object(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         with open(self.path, "rb") as file:
             file.seek(self.starts[index])
             line = _decoded(file.readline(), self.path, self.numbers[index])
-        want = f'write {{"{self.column}": "..."}} on each line'
+        want = f"write {self.want} on each line"
         try:
             row = json.loads(line.lstrip(MARK))
         except (ValueError, RecursionError) as error:
-            raise self._wrong(index, f"is not JSON ({getattr(error, 'msg', error)}): {want}") from error
+            raise self.wrong(index, f"is not JSON ({getattr(error, 'msg', error)}): {want}") from error
         if not isinstance(row, dict):
-            raise self._wrong(index, f"is {JSON_KINDS.get(type(row), 'null')}, not an object: {want}")
+            raise self.wrong(index, f"is {JSON_KINDS.get(type(row), 'null')}, not an object: {want}")
         return row
 
+    def where(self, index: int) -> str:
+        """A row as a sentence begins with it."""
+        return f"{self.path}, line {self.numbers[index]},"
 
-def _read_parquet(path: Path, column: str) -> Sequence[str | None]:
-    """One column of the table, which stays on disk."""
-    import datasets
+    def wrong(self, index: int, reason: str) -> UsageError:
+        """What to raise for a row: `reason` goes on after "line 3"."""
+        return _unreadable(self.path, f"line {self.numbers[index]} {reason}")
+
+
+class _JsonTexts(Sequence[str | None]):
+    """One column of a .jsonl file."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        self.rows, self.column = JsonLines(path, f'{{"{column}": "..."}}'), column
+        if self.rows:
+            self.column = _text_column(list(self.rows[0]), column, self.rows.where(0))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> str | None:
+        row = self.rows[index]
+        if self.column not in row:  # null would say that there is none
+            raise _no_column(self.rows.where(index), list(row), self.column)
+        text = row[self.column]
+        if not isinstance(text, str | None):
+            raise self.rows.wrong(index, f"has {JSON_KINDS[type(text)]} as its {self.column}: write a string there, or null")
+        if text is not None and HALF.search(text):
+            raise self.rows.wrong(index, HALF_CHARACTER)
+        return text
+
+
+class Table(Sequence[dict[str, Any]]):
+    """The rows of a table of `datasets`, which stays on disk, as objects; `what` begins the sentence about a wrong one."""
+
+    def __init__(self, table: Any, what: str) -> None:
+        self.table, self.what = table, what
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.table[index]
+
+    def wrong(self, index: int, reason: str) -> UsageError:
+        """What to raise for a row: `reason` goes on after "row 3"."""
+        return UsageError(f"{self.what}: row {index + 1} {reason}")
+
+
+def column_names(path: Path) -> Sequence[str]:
+    """The columns of a table, of a .jsonl those of its first row; a .txt has none. Raises UsageError."""
+    try:
+        if path.suffix.lower() == ".jsonl":
+            rows = JsonLines(path, '{"text": "..."}')
+            return list(rows[0]) if rows else []
+        return _parquet_schema(path)[0].names if path.suffix.lower() == ".parquet" else []
+    except OSError as error:
+        raise _unreadable(path, error.strerror or error) from error
+
+
+def holds_chats(names: Sequence[str]) -> bool:
+    """Whether a table with these columns is one of chats."""
+    return "messages" in names or {"instruction", "output"} <= set(names)
+
+
+def read_chat_rows(path: Path) -> JsonLines | Table:
+    """The rows of a file of chats, as objects. Raises UsageError."""
+    if path.suffix.lower() == ".txt":
+        raise _unreadable(path, "a .txt has no chats: write a .jsonl or .parquet file with messages, or instruction and output")
+    try:
+        if path.suffix.lower() == ".jsonl":
+            return JsonLines(path, '{"messages": [...]}')
+        names = [name for name in CHAT_COLUMNS if name in column_names(path)]
+        return Table(_parquet_table(path, names), f"{path} is not a readable {path.suffix.lower()} file")
+    except OSError as error:
+        raise _unreadable(path, error.strerror or error) from error
+
+
+def _parquet_schema(path: Path) -> tuple[Any, int]:
+    """The schema of the table, and how many rows it has."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
+            return file.schema_arrow, file.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise _unreadable(path, _first_line(error)) from error
+
+
+def _read_parquet(path: Path, column: str) -> Sequence[str | None]:
+    """One column of the table, which stays on disk."""
+    import pyarrow
+
+    schema, rows = _parquet_schema(path)
     name = _text_column(schema.names, column, str(path))
     kind = schema.field(schema.names.index(name)).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
         raise _unreadable(path, f"its column {name} holds {str(kind)[:60]}: write strings there")
-    if rows == 0:
-        return []
+    return _parquet_table(path, [name])[name] if rows else []
+
+
+def _parquet_table(path: Path, names: list[str]) -> Any:
+    """Columns of the table, which stays on disk; their text is UTF-8."""
+    import datasets
+
     if "::" in str(path.absolute()):
         raise _unreadable(path, "datasets takes '::' in a path for an address: rename the file or its folder")
     try:
         place = glob.escape(str(path.absolute()))
-        table = datasets.load_dataset("parquet", data_files=place, split="train", columns=[name])
-        table.data.column(name).validate(full=True)  # that it is UTF-8
+        table = datasets.load_dataset("parquet", data_files=place, split="train", columns=names)
+        for name in names:
+            table.data.column(name).validate(full=True)  # that it is UTF-8
     except Exception as error:  # datasets raises many kinds for a malformed file
         raise _unreadable(path, _first_line(error.__cause__ or error)) from error
-    return table[name]
+    return table
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,5 @@
-"""Token windows: cut, drawn, held out, and mixed with written text. Every window of a run comes from here, once.
+"""Token windows: cut, drawn, held out, and mixed with written text. Every window of a run comes from here, once; those of
+fine-tuning by way of data/training.py.
 
 Calibration reads the train split, the search's choices the validation split, and what is reported the test split.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -36,14 +38,19 @@ class PruneWindows:
 
     def fingerprint(self) -> str:
         """A hash of all tokens."""
-        digest = hashlib.sha256()
-        for rows in self.all():
-            digest.update(b"-" if rows is None else repr(tuple(rows.shape)).encode() + rows.numpy().tobytes())
-        return digest.hexdigest()[:32]
+        return fingerprint(self.all())
 
     def all(self) -> list[torch.Tensor | None]:
         """Every stage's windows."""
         return [self.layers, self.calibration, self.repair, self.held_out, self.finetuning, *self.evaluation.values()]
+
+
+def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
+    """A hash of the values and shapes."""
+    digest = hashlib.sha256()
+    for rows in tensors:
+        digest.update(b"-" if rows is None else repr(tuple(rows.shape)).encode() + rows.numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def prune_windows(
@@ -104,16 +111,20 @@ def evaluation_windows(
 def read_alike(tokenizer: Any, other: Any, config: EvalConfig, data_dir: str | None, split: str = "test") -> bool:
     """Whether two tokenizers make the same windows of every corpus of `config`."""
     streams = (
-        [_stream(reader, name, split, config.seq_len, config.samples, data_dir, config.text_format) for name in config.datasets]
+        [stream(reader, name, split, config.seq_len, config.samples, data_dir, config.text_format) for name in config.datasets]
         for reader in (tokenizer, other)
     )
     return all(ours.equal(theirs) for ours, theirs in zip(*streams, strict=True))
 
 
 def training_windows(tokenizer: Any, config: FinetuneConfig, common: CommonConfig) -> torch.Tensor:
-    """Random windows of the train split, int64 `(samples, seq_len)`. Raises UsageError where the split is too short."""
-    settings = {"data_dir": common.data_dir, "text_format": common.text_format, "seed": common.seed}
-    return load_windows(tokenizer, config.dataset, "train", seq_len=config.seq_len, samples=config.samples, **settings)
+    """The windows of the training text for a trainer that learns every token of them. Raises UsageError for chats."""
+    from LLMPruner.data.training import training_text
+
+    rows = training_text(tokenizer, config, common).rows
+    if not rows.targets[:, 1:].all():
+        raise UsageError("of chats only the answers are to be learned, which this trainer cannot: use plain text")
+    return rows.windows
 
 
 @lru_cache(maxsize=8)
@@ -140,7 +151,7 @@ def _part_ids(
     return torch.tensor(ids)
 
 
-def _stream(
+def stream(
     tokenizer: Any,
     name: str,
     split: str,
@@ -176,15 +187,13 @@ def load_windows(
     """
     import torch
 
-    ids = _stream(tokenizer, name, split, seq_len, samples, data_dir, text_format, seed)
+    ids = stream(tokenizer, name, split, seq_len, samples, data_dir, text_format, seed)
     if bos is not None:
         ids, seq_len = ids[1:] if ids[0] == bos else ids, seq_len - 1
-    count = len(ids) // seq_len
-    if count < 1:
-        raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")
-    windows = ids[: count * seq_len].view(count, seq_len)
-    _warn(name, split, data_dir, text_format)
-    windows = _drawn(windows, samples, seed)
+    windows = cut(ids, seq_len, name, split)
+    count = len(windows)
+    warn(name, split, data_dir, text_format)
+    windows = drawn(windows, samples, seed)
     if samples > count:
         logger.warning(
             "corpus %s, split %s, has %d windows of %d, fewer than the %d asked for", name, split, count, seq_len, samples
@@ -195,7 +204,15 @@ def load_windows(
     return windows
 
 
-def _warn(name: str, split: str, data_dir: str | None, text_format: str) -> None:
+def cut(ids: torch.Tensor, seq_len: int, name: str, split: str) -> torch.Tensor:
+    """A stream of tokens as windows, `(n, seq_len)`. Raises UsageError where there is not one."""
+    count = len(ids) // seq_len
+    if count < 1:
+        raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")
+    return ids[: count * seq_len].view(count, seq_len)
+
+
+def warn(name: str, split: str, data_dir: str | None, text_format: str) -> None:
     """Say where a number that is measured on the text may not be what it looks like."""
     if name not in CORPORA and split != "train":
         logger.warning("corpus file %s has no splits: what is measured on it must not have been calibrated on it", name)
@@ -206,7 +223,7 @@ def _warn(name: str, split: str, data_dir: str | None, text_format: str) -> None
         )
 
 
-def _drawn(windows: torch.Tensor, samples: int, seed: int | None) -> torch.Tensor:
+def drawn(windows: torch.Tensor, samples: int, seed: int | None) -> torch.Tensor:
     """`samples` of the windows (0: all), in their order: spread evenly, or drawn at random where `seed` is given."""
     import torch
 
@@ -215,7 +232,14 @@ def _drawn(windows: torch.Tensor, samples: int, seed: int | None) -> torch.Tenso
         return windows
     if seed is None:
         return windows[torch.linspace(0, count - 1, samples, dtype=torch.float64).long()]  # the first and the last included
-    return windows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].sort().values]
+    return windows[shuffled(count, seed)[:samples].sort().values]
+
+
+def shuffled(count: int, seed: int) -> torch.Tensor:
+    """The numbers below `count` in random order, int64 `(count,)`."""
+    import torch
+
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def held_out_tokens(windows: int, seq_len: int) -> torch.Tensor:
@@ -233,7 +257,7 @@ def interleaved(windows: torch.Tensor, written: torch.Tensor, *, seed: int) -> t
     """`windows` in random order and `written` between them, both spread evenly: any first part holds both alike."""
     import torch
 
-    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+    windows = windows[shuffled(len(windows), seed)]
     places = torch.cat([torch.arange(len(part)) / len(part) for part in (windows, written)])
     return torch.cat([windows, written])[places.argsort(stable=True)]
 
@@ -243,4 +267,4 @@ def mixed(windows: torch.Tensor, written: torch.Tensor, *, seed: int) -> torch.T
     import torch
 
     both = torch.cat([windows, written])
-    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
+    return both[shuffled(len(both), seed)]

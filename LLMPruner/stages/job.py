@@ -18,6 +18,7 @@ from LLMPruner.config import (
     PruneConfig,
 )
 from LLMPruner.data.corpora import check_corpus
+from LLMPruner.data.mixture import check_mixture
 from LLMPruner.data.windows import PruneWindows, prune_windows
 from LLMPruner.errors import UsageError
 from LLMPruner.files import require_free_space
@@ -175,8 +176,7 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
     if config.layer_importance_file is not None:
         file = Path(config.layer_importance_file)
         importance = LayerImportance.load(file, job.source.fingerprint(), geometry.num_layers)
-    for corpus, split, seq_len in _corpora(job):
-        check_corpus(corpus, job.common.data_dir, split, seq_len, job.common.text_format)
+    _check_text(job)
     # the layers that are finished lie beside the model until the end
     sizes = [geometry.dense_params - budget.target] * (1 + job.save + job.saves_finetuned)
     _check_space(job, sizes, folder)
@@ -189,7 +189,7 @@ def check_recover(job: RecoverJob, folder: Path) -> None:
         raise UsageError("training needs all weights in memory at once: run without --stream on")
     seq_len, data_dir, text_format = job.training.seq_len, job.common.data_dir, job.common.text_format
     check_seq_len(job.source, "--seq_len", seq_len)
-    check_corpus(job.training.dataset, data_dir, "train", seq_len, text_format)
+    check_mixture(job.training, job.common)
     if job.measures:
         for name in job.evaluation.datasets:
             check_corpus(name, data_dir, "test", seq_len, text_format)
@@ -277,7 +277,7 @@ def _check_lengths(job: PruneJob) -> None:
         check_seq_len(job.source, flag, length)
 
 
-def _corpora(job: PruneJob) -> list[tuple[str, str, int]]:
+def _check_text(job: PruneJob) -> None:
     wanted = []
     if job.calibrates or job.analyzes:
         wanted.append((job.prune.calibration_dataset, "train", job.prune.calibration_seq_len))
@@ -285,6 +285,7 @@ def _corpora(job: PruneJob) -> list[tuple[str, str, int]]:
         wanted.append((job.prune.calibration_dataset, "validation", job.prune.search_seq_len))
     if job.measures:
         wanted += [(name, "test", job.evaluation.seq_len) for name in job.evaluation.datasets]
+    for corpus, split, seq_len in wanted:
+        check_corpus(corpus, job.common.data_dir, split, seq_len, job.common.text_format)
     if job.finetune is not None:
-        wanted.append((job.finetune.dataset, "train", job.finetune.seq_len))
-    return wanted
+        check_mixture(job.finetune, job.common)

@@ -301,7 +301,7 @@ def is_raw(windows: torch.Tensor | None) -> bool:
 @pytest.mark.parametrize("text_format", ["clean", "raw"])
 def test_the_text_format_of_a_run_reaches_the_windows_of_every_stage(both_formats, corpus, text_format):
     common, evaluation = CommonConfig(data_dir=both_formats, text_format=text_format), EvalConfig((corpus,), 9, 2)
-    options = {"evaluation": evaluation, "finetune": FinetuneConfig(samples=8, seq_len=10, dataset=corpus)}
+    options = {"evaluation": evaluation, "finetune": FinetuneConfig(samples=8, seq_len=10, dataset=(corpus,))}
     config = replace(PRUNE, calibration_dataset=corpus)
     windows = prune_windows(Characters(), config, common, analyzes=True, calibrates=True, **options)
     found = [rows for rows in windows.all() if rows is not None]

@@ -129,7 +129,7 @@ def test_scores_of_this_model_come_back_and_those_of_another_are_refused(job):
         ({"prune": replace(PRUNE, pruning_ratio=0.99)}, "largest feasible ratio"),
         ({"prune": replace(PRUNE, calibration_dataset="nothere")}, "unknown corpus"),
         ({"evaluation": EvalConfig(("nothere",), 64), "test_original": True}, "unknown corpus"),
-        ({"finetune": replace(FINETUNE, dataset="nothere")}, "unknown corpus"),
+        ({"finetune": replace(FINETUNE, dataset=("nothere",))}, "unknown corpus"),
         ({"prune": SEARCH, "resume": True}, "--resume"),
         ({"prune": replace(PRUNE, layer_importance_file="none.json")}, "does not exist"),
     ],
@@ -260,7 +260,7 @@ def test_the_disk_must_hold_every_checkpoint_and_export(job, monkeypatch, change
     ("changes", "words"),
     [
         ({"training": FinetuneConfig(seq_len=257)}, "--seq_len 257 is longer than the model's 256"),
-        ({"training": FinetuneConfig(seq_len=64, dataset="nothere")}, "unknown corpus"),
+        ({"training": FinetuneConfig(seq_len=64, dataset=("nothere",))}, "unknown corpus"),
         ({"evaluation": EvalConfig(("nothere",), 64), "test_after": True}, "unknown corpus"),
         ({"evaluation": EvalConfig(("nothere",), 64), "test_before": True}, "unknown corpus"),
     ],
