@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from LLMPruner import cli, parallel
 from LLMPruner.config import PRESETS
+from LLMPruner.errors import UsageError
 from LLMPruner.model.source import find_model
 from LLMPruner.run import Run, check_experiment
 from LLMPruner.stages.forecast import dry_run
@@ -55,6 +56,8 @@ def build_job(args: argparse.Namespace) -> PruneJob:
     """Check the flags and inspect the model; no weights are read."""
     config = cli.prune_config(args)
     finetune = cli.finetune_config(args, "finetune_", args.finetune_method)
+    if args.distill and not args.finetune:
+        raise UsageError("--distill is a way to fine-tune: add --finetune")
     return PruneJob(
         prune=config,
         common=cli.common_config(args),

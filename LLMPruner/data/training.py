@@ -69,6 +69,10 @@ class TrainingText:
     weights: dict[str, float]
     held_out: dict[str, TrainingRows]
 
+    def all(self) -> list[torch.Tensor]:
+        """All windows: those to train on, and those held out in the order of their parts."""
+        return [self.rows.windows, *(rows.windows for rows in self.held_out.values())]
+
     def fingerprint(self) -> str:
         """A hash of all tokens and of what is learned of them."""
         rows = [self.rows, *self.held_out.values()]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.config import CommonConfig, EvalConfig, FinetuneConfig, PruneConfig
+from LLMPruner.config import CommonConfig, EvalConfig, PruneConfig
 from LLMPruner.data.corpora import CORPORA, documents, joint, load_text, reads_a_part
 from LLMPruner.errors import UsageError
 
@@ -34,7 +34,6 @@ class PruneWindows:
     repair: torch.Tensor | None = None
     held_out: torch.Tensor | None = None
     evaluation: dict[str, torch.Tensor] = field(default_factory=dict)
-    finetuning: torch.Tensor | None = None
 
     def fingerprint(self) -> str:
         """A hash of all tokens."""
@@ -42,7 +41,7 @@ class PruneWindows:
 
     def all(self) -> list[torch.Tensor | None]:
         """Every stage's windows."""
-        return [self.layers, self.calibration, self.repair, self.held_out, self.finetuning, *self.evaluation.values()]
+        return [self.layers, self.calibration, self.repair, self.held_out, *self.evaluation.values()]
 
 
 def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
@@ -61,7 +60,6 @@ def prune_windows(
     analyzes: bool,
     calibrates: bool,
     evaluation: EvalConfig | None = None,
-    finetune: FinetuneConfig | None = None,
 ) -> PruneWindows:
     """Cut the windows of one pruning run, before the weights are read: a bad corpus shows early.
 
@@ -83,7 +81,6 @@ def prune_windows(
         repair=calibration(config.calibration_seq_len, config.repair_windows) if calibrates else None,
         held_out=held_out,
         evaluation=tested,
-        finetuning=training_windows(tokenizer, finetune, common) if finetune is not None else None,
     )
 
 
@@ -115,16 +112,6 @@ def read_alike(tokenizer: Any, other: Any, config: EvalConfig, data_dir: str | N
         for reader in (tokenizer, other)
     )
     return all(ours.equal(theirs) for ours, theirs in zip(*streams, strict=True))
-
-
-def training_windows(tokenizer: Any, config: FinetuneConfig, common: CommonConfig) -> torch.Tensor:
-    """The windows of the training text for a trainer that learns every token of them. Raises UsageError for chats."""
-    from LLMPruner.data.training import training_text
-
-    rows = training_text(tokenizer, config, common).rows
-    if not rows.targets[:, 1:].all():
-        raise UsageError("of chats only the answers are to be learned, which this trainer cannot: use plain text")
-    return rows.windows
 
 
 @lru_cache(maxsize=8)

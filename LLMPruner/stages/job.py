@@ -31,7 +31,8 @@ from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model.device import resolve_device
 from LLMPruner.model.size import checkpoint_bytes, export_bytes
 from LLMPruner.model.source import ModelSource, check_seq_len
-from LLMPruner.stages.journal import FREE, SEARCH_FILE, open_journal
+from LLMPruner.stages.journal import FREE, SEARCH_FILE, open_finetune_journal, open_journal
+from LLMPruner.stages.teaching import check_memory, check_packages
 
 MODEL_FILE, FINETUNED_FILE = "pytorch_model.bin", "pytorch_model_finetuned.bin"  # of an experiment
 
@@ -115,7 +116,6 @@ class PruneJob:
             analyzes=self.analyzes,
             calibrates=self.calibrates,
             evaluation=self.evaluation if self.measures else None,
-            finetune=self.finetune,
         )
 
 
@@ -131,6 +131,8 @@ class RecoverJob:
     save: bool = True
     test_before: bool = False
     test_after: bool = False
+    teacher: ModelSource | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         evaluation = replace(self.evaluation, text_format=self.common.text_format)  # one run measures on one kind of text
@@ -190,13 +192,18 @@ def check_recover(job: RecoverJob, folder: Path) -> None:
     seq_len, data_dir, text_format = job.training.seq_len, job.common.data_dir, job.common.text_format
     check_seq_len(job.source, "--seq_len", seq_len)
     check_mixture(job.training, job.common)
+    check_packages(job.training, job.common)
     if job.measures:
         for name in job.evaluation.datasets:
             check_corpus(name, data_dir, "test", seq_len, text_format)
     if job.save:
         _check_not_overwritten(job.source, folder, (FINETUNED_FILE,), "--save_name")
     check_export_places(job.export, folder, job.source.path)
-    _check_space(job, [job.source.plan.total_params] * job.save, folder)
+    if job.resume:
+        open_finetune_journal(job, folder)
+    params = job.source.plan.total_params
+    check_memory(params, job.training, job.common)
+    _check_space(job, [params] * job.save, folder)
 
 
 def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig, prune: PruneConfig | None = None) -> None:

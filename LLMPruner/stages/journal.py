@@ -145,7 +145,7 @@ class Journal:
             return
         if self.done:
             name = "the text of the corpora"
-            check_same({name: self.done.get("text")}, {name: text})
+            _check_same({name: self.done.get("text")}, {name: text})
             logger.info("resuming after: %s", ", ".join(self.done))
             if parallel.main() and self.work.is_dir():
                 for spilt in self.work.glob("hidden.*"):  # of a process that was killed before it could unlink it
@@ -268,7 +268,7 @@ def _opened(folder: Path, key: dict[str, Any], *, resume: bool, kind: str = "") 
     if not path.is_file():
         raise UsageError(f"--resume: {folder} has no interrupted run: check the name, or run without --resume")
     data = _read(path)
-    check_same(data["key"], key)
+    _check_same(data["key"], key)
     return Journal(folder, key, data["done"], data.get("stages", ()), kind=kind)
 
 
@@ -279,7 +279,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise UsageError that names what differs between an interrupted run and the command at hand."""
     for name in [*now, *(before.keys() - now.keys())]:
         if before.get(name) != now.get(name):

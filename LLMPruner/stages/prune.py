@@ -18,7 +18,7 @@ from LLMPruner.model.fit import Streaming
 from LLMPruner.model.load import check_loads, load_model, load_tokenizer
 from LLMPruner.model.source import check_token_ids
 from LLMPruner.plan import PruningPlan
-from LLMPruner.stages import check, records, steps
+from LLMPruner.stages import check, records, steps, teaching
 from LLMPruner.stages.forecast import Forecast, foresee, log_budget, log_comparison, log_forecast
 from LLMPruner.stages.job import MODEL_FILE, PruneJob, check_exports, load_search, search_key
 from LLMPruner.stages.journal import SEARCH_FILE, Journal, open_journal
@@ -27,10 +27,12 @@ from LLMPruner.stages.recover import train_and_save
 if TYPE_CHECKING:
     import torch
 
+    from LLMPruner.data.training import TrainingText
     from LLMPruner.evaluator.ppl import Perplexity
     from LLMPruner.importance.search.state import SearchState
     from LLMPruner.model.load import LoadedModel
     from LLMPruner.run import Run
+    from LLMPruner.trainer.teacher import DrawnAnswers
 
 logger = logging.getLogger("LLMPruner")
 
@@ -43,10 +45,12 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     job = job.sized()
     journal = open_journal(job, run.dir)
     journal.follow(run.stages)
-    forecast, loaded, windows = _load(job, run, budget, journal)
+    forecast, loaded, windows, text = _load(job, run, budget, journal)
+    answers = None if text is None else _answers(job, run, loaded, text, journal)
     results: dict[str, list[Perplexity]] = {}
+    split = job.common.split("test")
     if job.test_original:
-        results["original"] = _measured(job, run, loaded, windows, journal, "original")
+        results["original"] = steps.measure_once(journal, run, loaded, windows.evaluation, "original", split)
     if job.analyzes:
         importance = _scored(job, run, loaded, windows, journal)
     plan, yardstick = _decide(job, run, loaded, budget, importance, windows, journal)
@@ -65,10 +69,12 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     if job.save:  # before anything that may take long or fail
         _save(run, loaded, journal)
     if job.test_pruned or job.finetune is not None:
-        results["pruned"] = _measured(job, run, loaded, windows, journal, "pruned")
+        results["pruned"] = steps.measure_once(journal, run, loaded, windows.evaluation, "pruned", split)
     records.save_results(run, results)
     if job.finetune is not None:
-        _finetune(job, run, loaded, windows, results)
+        _finetune(job, run, loaded, text, answers, journal)
+        results["finetuned"] = steps.measure_once(journal, run, loaded, windows.evaluation, "finetuned", split)
+        records.save_results(run, results)
     if results:
         records.log_table(plan, results)
     steps.export(run, loaded, job.export)
@@ -77,7 +83,9 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     return loaded
 
 
-def _load(job: PruneJob, run: Run, budget: Budget, journal: Journal) -> tuple[Forecast, LoadedModel, PruneWindows]:
+def _load(
+    job: PruneJob, run: Run, budget: Budget, journal: Journal
+) -> tuple[Forecast, LoadedModel, PruneWindows, TrainingText | None]:
     """Say what the run will cost, and load its text and its model, in memory or not as the forecast has it."""
     import torch
 
@@ -90,10 +98,11 @@ def _load(job: PruneJob, run: Run, budget: Budget, journal: Journal) -> tuple[Fo
         tokenizer = load_tokenizer(job.source)
         windows = job.windows(tokenizer)
         parallel.check_shares(*windows.all())
-        check_token_ids(job.source, "--base_model", *windows.all())
+        text = None if job.finetune is None else teaching.text(job.finetune, job.common, job.source, tokenizer, run.dir)
+        check_token_ids(job.source, "--base_model", *windows.all(), *(() if text is None else text.all()))
         check_exports(job.source, tokenizer, job.export, job.prune)
         check_loads(job.source)
-        journal.begin(windows.fingerprint(), resumed=job.resume)
+        journal.begin(windows.fingerprint() + ("" if text is None else text.fingerprint()), resumed=job.resume)
         journal.once("command", lambda: run.command)
         loaded = load_model(
             job.source,
@@ -105,7 +114,7 @@ def _load(job: PruneJob, run: Run, budget: Budget, journal: Journal) -> tuple[Fo
         loaded.store.finished = journal.layers()
         loaded.runner.batch_tokens = journal.once("tokens of a batch", lambda: loaded.runner.batch_tokens)
         parallel.wait()  # until all have read what is finished: more will be
-    return forecast, loaded, windows
+    return forecast, loaded, windows, text
 
 
 def _scored(job: PruneJob, run: Run, loaded: LoadedModel, windows: PruneWindows, journal: Journal) -> LayerImportance:
@@ -217,15 +226,25 @@ def _heal(job: PruneJob, run: Run, loaded: LoadedModel, plan: PruningPlan, text:
         steps.apply(loaded.runner, plan, text, job.prune, job.common)
 
 
+def _answers(job: PruneJob, run: Run, loaded: LoadedModel, text: TrainingText, journal: Journal) -> DrawnAnswers | None:
+    """The dense model's answers to the text of a fine-tuning, where they are kept on disk."""
+    config, params = job.finetune, loaded.plan.total_params  # the pruned model has fewer
+    if not (config.distill.distill and teaching.caches(journal, job.source, config, job.common, params)):
+        return None
+    with run.stage("teach"):
+        return teaching.answers(journal, lambda: loaded, text, config, job.common.seed)
+
+
 def _finetune(
-    job: PruneJob, run: Run, loaded: LoadedModel, windows: PruneWindows, results: dict[str, list[Perplexity]]
+    job: PruneJob, run: Run, loaded: LoadedModel, text: TrainingText, answers: DrawnAnswers | None, journal: Journal
 ) -> None:
-    """Fine-tune the model, and add its PPL to the results."""
+    """Fine-tune the pruned model; a teacher beside it is the dense one, loaded once more."""
+    config, teacher = job.finetune, None
+    if config.distill.distill and answers is None:
+        teacher = teaching.Teacher(job.source, job.common, journal.work, loaded.tokenizer).whole().model
     base = run.dir / MODEL_FILE if job.save else job.source.path
-    settings = {"seed": job.common.seed, "save": job.save, "base": base}
-    run.metrics["training"] = train_and_save(loaded, job.finetune, windows.finetuning, run, **settings)
-    results["finetuned"] = steps.measure(run, loaded, windows.evaluation, "finetuned", job.common.split("test"))
-    records.save_results(run, results)
+    settings = {"seed": job.common.seed, "save": job.save, "base": base, "teacher": teacher, "answers": answers}
+    run.metrics["training"] = train_and_save(loaded, config, text, run, journal, **settings)
 
 
 def _save(run: Run, loaded: LoadedModel, journal: Journal) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from LLMPruner import parallel
 from LLMPruner.config import FinetuneConfig
 from LLMPruner.data.mixture import as_typed
-from LLMPruner.data.training import TrainingText, training_text
 from LLMPruner.data.windows import evaluation_windows
 from LLMPruner.model.load import check_loads, load_model, load_tokenizer
 from LLMPruner.model.source import check_token_ids
@@ -20,9 +19,9 @@ from LLMPruner.stages.job import FINETUNED_FILE, MODEL_FILE, RecoverJob, check_e
 from LLMPruner.stages.journal import Journal, open_finetune_journal
 
 if TYPE_CHECKING:
+    from LLMPruner.data.training import TrainingText
     from LLMPruner.model.load import LoadedModel
     from LLMPruner.run import Run
-    from LLMPruner.stages.teaching import Teacher
     from LLMPruner.trainer.teacher import DrawnAnswers
 
 logger = logging.getLogger("LLMPruner")
@@ -35,22 +34,17 @@ def recover(job: RecoverJob, run: Run) -> LoadedModel:
     """
     journal = open_finetune_journal(job, run.dir)
     journal.follow(run.stages)
-    params = job.source.plan.total_params
     with run.stage("load"):
         tokenizer = load_tokenizer(job.source)
         tested = evaluation_windows(tokenizer, job.evaluation, job.common.data_dir) if job.measures else {}
-        teacher = None if job.teacher is None else teaching.Teacher(job.teacher, job.common, run.dir, tokenizer)
-        check_token_ids(job.source, "--model_path", *tested.values())
         check_exports(job.source, tokenizer, job.export)
         check_loads(job.source)
-    text = _text(job, run, journal, tokenizer, teacher)
-    answers = None
-    if job.training.distill.distill and teaching.caches(journal, job.source, job.teacher, job.training, job.common, params):
-        with run.stage("teach"):
-            answers = teaching.answers(journal, lambda: teacher.either(), text, job.training, job.common.seed)
-    if teacher is not None and (answers is not None or not job.training.distill.distill):
-        teacher.drop()
-        teacher = None
+        text = teaching.text(job.training, job.common, job.teacher, tokenizer, run.dir)
+        check_token_ids(job.source, "--model_path", *tested.values(), *text.all())
+        parallel.check_shares(text.rows.windows)
+        journal.begin(text.fingerprint(), resumed=job.resume)
+        journal.once("command", lambda: run.command)
+    teacher, answers = _taught(job, run, journal, tokenizer, text)
     loaded = load_model(job.source, dtype=job.common.dtype, device=job.common.device, tokenizer=tokenizer)
     # An experiment that was pruned under the same name keeps the description and the metrics of its pruning.
     suffix = "_finetune" if (run.dir / MODEL_FILE).exists() else ""
@@ -59,12 +53,11 @@ def recover(job: RecoverJob, run: Run) -> LoadedModel:
     results, split = {}, job.common.split("test")
     if job.test_before:
         results["before"] = steps.measure_once(journal, run, loaded, tested, "before fine-tuning", split)
-    beside = None if teacher is None else teacher.whole().model
     base, seed = job.source.path, job.common.seed
     run.metrics["training"] = train_and_save(
-        loaded, job.training, text, run, journal, seed=seed, save=job.save, base=base, teacher=beside, answers=answers
+        loaded, job.training, text, run, journal, seed=seed, save=job.save, base=base, teacher=teacher, answers=answers
     )
-    del beside, teacher
+    del teacher
     if job.test_after:
         results["after"] = steps.measure_once(journal, run, loaded, tested, "after fine-tuning", split)
     run.metrics["ppl"] = {when: [result.as_dict() for result in measured] for when, measured in results.items()}
@@ -76,19 +69,17 @@ def recover(job: RecoverJob, run: Run) -> LoadedModel:
     return loaded
 
 
-def _text(job: RecoverJob, run: Run, journal: Journal, tokenizer: Any, teacher: Teacher | None) -> TrainingText:
-    """The training text, and the journal's beginning with it."""
-    write = None
-    if teacher is not None:
-        write = teaching.writer(run.dir, lambda: teacher.whole(), teacher.source, job.training, job.common.seed)
-    with run.stage("text"):
-        text = training_text(tokenizer, job.training, job.common, write)
-        rows = [text.rows.windows, *(part.windows for part in text.held_out.values())]
-        check_token_ids(job.source, "--model_path", *rows)
-        parallel.check_shares(text.rows.windows)
-    journal.begin(text.fingerprint(), resumed=job.resume)
-    journal.once("command", lambda: run.command)
-    return text
+def _taught(job: RecoverJob, run: Run, journal: Journal, tokenizer: Any, text: TrainingText) -> tuple[Any, DrawnAnswers | None]:
+    """The teacher beside the student or its answers on disk, one of the two, where there is one."""
+    if not job.training.distill.distill:
+        return None, None
+    teacher = teaching.Teacher(job.teacher, job.common, journal.work, tokenizer)
+    if not teaching.caches(journal, job.teacher, job.training, job.common, job.source.plan.total_params):
+        return teacher.whole().model, None
+    with run.stage("teach"):
+        answers = teaching.answers(journal, teacher.either, text, job.training, job.common.seed)
+    teacher.drop()
+    return None, answers
 
 
 def train_and_save(
@@ -121,7 +112,7 @@ def train_and_save(
     )
     with run.stage("train") as record:
         record |= finetune(loaded, config, text, seed=seed, places=places, teacher=teacher, answers=answers)
-    loaded.provenance["finetune"] = _provenance(config, record, text, seed, base, journal.done["command"])
+    loaded.provenance["finetune"] = _provenance(config, record, text, seed, base, journal.done.get("command", run.command))
     if parallel.main():
         plot_training(run.dir / "training.png", record["curve"], record["held_out"], record["kept_step"])
     if save:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from LLMPruner import parallel
 from LLMPruner.config import CommonConfig, FinetuneConfig
 from LLMPruner.data.mixture import SELF, mixture
+from LLMPruner.data.training import TrainingText, training_text
 from LLMPruner.data.windows import bos_token
 from LLMPruner.errors import UsageError
 from LLMPruner.memory import available_memory
@@ -24,7 +26,6 @@ from LLMPruner.stages.journal import Journal, kept_windows, mark_of
 if TYPE_CHECKING:
     import torch
 
-    from LLMPruner.data.training import TrainingText
     from LLMPruner.model.load import LoadedModel
     from LLMPruner.trainer.teacher import DrawnAnswers
 
@@ -73,9 +74,7 @@ class Teacher:
         if self._loaded is not None and not self._loaded.store.resident:
             self.drop()
         if self._loaded is None:
-            self._loaded = load_model(
-                self.source, dtype=self.common.dtype, device=self.common.device, tokenizer=self.tokenizer
-            )
+            self._loaded = load_model(self.source, dtype=self.common.dtype, device=self.common.device, tokenizer=self.tokenizer)
         return self._loaded
 
     def either(self) -> LoadedModel:
@@ -93,9 +92,17 @@ class Teacher:
         gc.collect()  # a model may refer to itself
 
 
-def writer(
-    folder: Path, teacher: Callable[[], LoadedModel], source: ModelSource, config: FinetuneConfig, seed: int
-) -> Callable[[int], torch.Tensor]:
+def text(config: FinetuneConfig, common: CommonConfig, dense: ModelSource | None, tokenizer: Any, folder: Path) -> TrainingText:
+    """The training text; what the model `dense` writes of it is kept in the experiment's `folder`, and the model is gone."""
+    if dense is None:
+        return training_text(tokenizer, config, common)
+    teacher = Teacher(dense, common, folder, tokenizer)
+    found = training_text(tokenizer, config, common, _writer(teacher, folder, config, common.seed))
+    teacher.drop()
+    return found
+
+
+def _writer(teacher: Teacher, folder: Path, config: FinetuneConfig, seed: int) -> Callable[[int], torch.Tensor]:
     """`write(count)` for the training text: windows that the dense model writes, or wrote in this experiment before."""
 
     def write(count: int) -> torch.Tensor:
@@ -104,10 +111,10 @@ def writer(
         settings = {"samples": count, "seq_len": config.seq_len, "seed": seed + 2}  # not what the repair and the search read
 
         def make() -> torch.Tensor:
-            loaded = teacher()
+            loaded = teacher.whole()
             return write_windows(loaded.model, loaded.tokenizer, bos=bos_token(loaded.tokenizer, "auto"), **settings)
 
-        return kept_windows(folder / SELF_TEXT, mark_of([source.fingerprint(), settings]), make)
+        return kept_windows(folder / SELF_TEXT, mark_of([teacher.source.fingerprint(), settings]), make)
 
     return write
 
@@ -120,14 +127,11 @@ def answers(
 
     from LLMPruner.trainer.teacher import DrawnAnswers, draw_answers
 
-    windows = torch.cat([text.rows.windows, *(rows.windows for rows in text.held_out.values())])
     kept = DrawnAnswers(journal.work / "answers", journal.run)
-    return draw_answers(lambda: teacher().runner, windows, config.distill, kept, seed=seed)
+    return draw_answers(lambda: teacher().runner, torch.cat(text.all()), config.distill, kept, seed=seed)
 
 
-def caches(
-    journal: Journal, student: ModelSource, teacher: ModelSource, config: FinetuneConfig, common: CommonConfig, params: int
-) -> bool:
+def caches(journal: Journal, teacher: ModelSource, config: FinetuneConfig, common: CommonConfig, params: int) -> bool:
     """Whether the answers are drawn to disk: as asked for, else where both models with a training's state do not fit.
 
     `params`: of the student.
@@ -145,6 +149,17 @@ def caches(
         return needed > USED * free
 
     return journal.once("teacher answers on disk", decide)
+
+
+def check_packages(config: FinetuneConfig, common: CommonConfig) -> None:
+    """Raise UsageError where a setting needs a package that is not here."""
+    if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise UsageError(f"{config.prefix}report_to tensorboard needs a package: pip install tensorboard")
+    if config.optimizer == "adamw_8bit":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UsageError(f"{config.prefix}optimizer adamw_8bit needs a package: pip install bitsandbytes")
+        if resolve_device(common.device).type != "cuda":
+            raise UsageError(f"{config.prefix}optimizer adamw_8bit needs a CUDA GPU: use adamw")
 
 
 def check_memory(params: int, config: FinetuneConfig, common: CommonConfig) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from LLMPruner.files import write_atomically
 
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # apart for the colour-blind too
+
 
 def plot_training(path: Path, curve: Sequence[Sequence[float]], held_out: Sequence[Mapping[str, float]], kept: int) -> None:
     """`training.png`: the logged losses `(step, nats a token)`, those of every check, and the step that was kept."""
@@ -16,7 +18,7 @@ def plot_training(path: Path, curve: Sequence[Sequence[float]], held_out: Sequen
     axes = figure.subplots()
     axes.plot([step for step, _ in curve], [loss for _, loss in curve], color="#999999", label="trained on")
     names = [name.removeprefix("eval_").removesuffix("_nll") for name in (held_out or [{}])[0] if name.endswith("_nll")]
-    for name, color in zip(names, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9") * len(names), strict=False):
+    for name, color in zip(names, COLORS * len(names), strict=False):
         steps, losses = [row["step"] for row in held_out], [row[f"eval_{name}_nll"] for row in held_out]
         axes.plot(steps, losses, marker="o", color=color, label=f"held out: {name} (cross-entropy)")
     axes.axvline(kept, color="black", linewidth=0.8, linestyle=":", label=f"kept: step {kept}")

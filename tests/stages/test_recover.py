@@ -11,7 +11,8 @@ import torch
 from conftest import half_pruned, random_windows, tiny_model
 
 from LLMPruner.config import CommonConfig, EvalConfig, ExportConfig, FinetuneConfig, LoraConfig
-from LLMPruner.data.windows import evaluation_windows, training_windows
+from LLMPruner.data.training import training_text
+from LLMPruner.data.windows import evaluation_windows
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.ppl import measure
 from LLMPruner.model.forward import LayerRunner
@@ -19,6 +20,7 @@ from LLMPruner.model.load import LoadedModel, load_model, save_model
 from LLMPruner.model.source import find_model
 from LLMPruner.run import Run
 from LLMPruner.stages.job import RecoverJob
+from LLMPruner.stages.journal import Journal
 from LLMPruner.stages.recover import recover, train_and_save
 from LLMPruner.trainer.finetuner import finetune
 
@@ -56,7 +58,7 @@ def test_a_recovery_is_its_stages_called_by_hand(pruned, common, method):
     job = RecoverJob(source, config, evaluation, common, test_before=True, test_after=True)
     tuned, run = run_of(job)
     windows, tested = (
-        training_windows(pruned.tokenizer, config, common),
+        training_text(pruned.tokenizer, config, common),
         evaluation_windows(pruned.tokenizer, evaluation, common.data_dir),
     )
     before = measure(LayerRunner.of(pruned.model), tested, "before")
@@ -73,7 +75,9 @@ def test_only_what_was_asked_for_is_measured_saved_and_exported(pruned, common):
     _, run = run_of(job)
     assert {path.name for path in Path("prune_log/exp").iterdir()} == {
         "description.txt",
+        "journal_finetune.json",
         "metrics.json",
+        "training.png",
         run.timestamp_dir.name,
     }
     assert [stage["stage"] for stage in run.stages] == ["load", "train"] and run.metrics["ppl"] == {}
@@ -112,17 +116,19 @@ def test_training_reads_the_train_split_and_no_other(tokenizer, data_dir, tmp_pa
     train = (data_dir / "wikitext-2-raw" / "train.txt").read_text()
     (tmp_path / "wikitext-2-raw" / "train.txt").write_text(train)
     config = replace(SHORT, samples=48)
-    cut = training_windows(tokenizer, config, CommonConfig(seed=1, data_dir=str(tmp_path)))
+    cut = training_text(tokenizer, config, CommonConfig(seed=1, data_dir=str(tmp_path))).rows.windows
     text = "\n\n".join(train.strip().split("\n"))
     assert cut.shape == (48, 32) and cut.dtype == torch.int64
     assert all(tokenizer.decode(row).strip() in text for row in cut)
-    assert not cut.equal(training_windows(tokenizer, config, CommonConfig(seed=2, data_dir=str(tmp_path))))
+    other = training_text(tokenizer, config, CommonConfig(seed=2, data_dir=str(tmp_path)))
+    assert not cut.equal(other.rows.windows)
 
 
 def test_train_and_save_writes_the_model_and_how_it_came_about(pruned, common):
-    windows = training_windows(pruned.tokenizer, SHORT, common)
+    text = training_text(pruned.tokenizer, SHORT, common)
     with Run(Path("prune_log/exp"), "script.py", ["--flag"], seed=5) as run:
-        record = train_and_save(pruned, SHORT, windows, run, seed=5, save=True, base=run.dir / "pytorch_model.bin")
+        base, journal = run.dir / "pytorch_model.bin", Journal(run.dir, {})
+        record = train_and_save(pruned, SHORT, text, run, journal, seed=5, save=True, base=base)
     source = find_model("prune_log/exp/pytorch_model_finetuned.bin", "--model_path")
     loaded = load_model(source, dtype="float32", device="cpu")
     assert logits(loaded.model).equal(logits(pruned.model)) and loaded.plan == pruned.plan
@@ -146,7 +152,7 @@ def test_train_and_save_writes_the_model_and_how_it_came_about(pruned, common):
 
 
 def test_train_and_save_without_save_writes_no_model(pruned, common):
-    windows = training_windows(pruned.tokenizer, SHORT, replace(common, seed=0))
+    text = training_text(pruned.tokenizer, SHORT, replace(common, seed=0))
     with Run(Path("prune_log/exp"), "script.py", [], seed=0) as run:
-        train_and_save(pruned, SHORT, windows, run, seed=0, save=False, base=Path("dense"))
-    assert [path.name for path in Path("prune_log/exp").iterdir()] == [run.timestamp_dir.name]
+        train_and_save(pruned, SHORT, text, run, Journal(run.dir, {}), seed=0, save=False, base=Path("dense"))
+    assert {path.name for path in Path("prune_log/exp").iterdir()} == {run.timestamp_dir.name, "work", "training.png"}
