@@ -183,9 +183,13 @@ class FinetuneConfig:
         """Optimizer steps of a training of one process on so many windows."""
         return math.ceil(windows / self.windows_per_step) * self.epochs
 
+    def log_every(self, steps: int) -> int:
+        """Steps between two lines of the log of a training of `steps`."""
+        return max(1, steps // 20)
+
     def check_every(self, steps: int) -> int:
-        """Steps between checkpoints of a training of `steps`."""
-        return self.check_steps or max(1, math.ceil(steps / 10))
+        """Steps between checkpoints of a training of `steps`: by default each comes with a line that is due anyway."""
+        return self.check_steps or 2 * self.log_every(steps)
 
     def warmup(self, steps: int) -> int:
         """Warm-up steps of a training of `steps`: as given, else few enough that a short run is not spent warming up."""

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from LLMPruner.data.training import TrainingRows, TrainingText
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import LoadedModel, load_model, save_model
@@ -124,6 +125,13 @@ def random_plan(geometry: Geometry, seed: int = 0) -> PruningPlan:
 def random_windows(count: int = 5, seq_len: int = 12, seed: int = 0) -> torch.Tensor:
     """Random token windows `(count, seq_len)`."""
     return torch.randint(VOCAB, (count, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_text(windows: torch.Tensor, held_out: dict[str, torch.Tensor] | None = None) -> TrainingText:
+    """Windows to train on, of one corpus, and others to validate on."""
+    held_out = {name: TrainingRows.plain(rows) for name, rows in (held_out or {}).items()}
+    parts = torch.zeros(len(windows), dtype=torch.int64)
+    return TrainingText(TrainingRows.plain(windows), parts, dict.fromkeys(held_out or ["wikitext2"], 1.0), held_out)
 
 
 def half_pruned(trained_dir: Path) -> LoadedModel:

@@ -91,7 +91,15 @@ def test_lora_end_to_end(command):
     folder = Path("prune_log/tuned")
     (stamp,) = [path for path in folder.iterdir() if path.is_dir() and path.name != "adapter"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["adapter", "description.txt", "metrics.json", "pytorch_model_finetuned.bin", stamp.name]
+        [
+            "adapter",
+            "description.txt",
+            "journal_finetune.json",
+            "metrics.json",
+            "pytorch_model_finetuned.bin",
+            "training.png",
+            stamp.name,
+        ]
     )
     assert (folder / "adapter" / "adapter_model.safetensors").is_file() and os.access(stamp / "train.sh", os.X_OK)
 

@@ -258,7 +258,7 @@ def _arguments(config: FinetuneConfig, steps: int, batch: Batch, folder: Path, m
         "warmup_steps": config.warmup(steps),
         "lr_scheduler_type": "cosine",
         "optim": "adamw_bnb_8bit" if config.optimizer == "adamw_8bit" else "adamw_torch_fused",
-        "logging_steps": max(1, steps // 20),
+        "logging_steps": config.log_every(steps),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",

@@ -70,23 +70,29 @@ class Watch(TrainerCallback):
         self.broken: torch.Tensor | None = None  # the first step whose gradient was not finite, 0: none
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Note a gradient that is not finite (float16's loss scaling skips such a step)."""
+        """Note a gradient that is not finite (float16's loss scaling skips such a step). Raises RunError where there was one
+        by a step that is logged or kept, before it gets into the weights."""
         if args.fp16:
             return
+        step = state.global_step + 1
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded
         if self.broken is None:
             self.broken = torch.zeros((), dtype=torch.int64, device=norm.device)
-        first = (self.broken == 0) & ~torch.isfinite(norm)
-        self.broken = torch.where(first, state.global_step + 1, self.broken)
+        self.broken = torch.where((self.broken == 0) & ~torch.isfinite(norm), step, self.broken)
+        due = step == 1 or step % args.logging_steps == 0 or self._kept(step, state)
+        if due and int(self.broken):
+            what = "gradient norm became inf" if bool(torch.isinf(norm)) else "training loss became nan"
+            raise RunError(f"the {what} in step {int(self.broken)}: {ADVICE}{self.kept}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last step is kept as well, and every step that is kept is logged. Raises RunError where a gradient broke."""
-        if state.global_step == state.max_steps or state.global_step % self.every == 0:
+        """The last step is kept too, and every step that is kept is logged: a continued curve has the same points."""
+        if self._kept(state.global_step, state):
             control.should_log = control.should_save = True
             control.should_evaluate = args.eval_strategy != "no"
-        if control.should_log and self.broken is not None and int(self.broken):
-            raise RunError(f"the training loss became nan: no finite gradient in step {int(self.broken)}; {ADVICE}{self.kept}")
+
+    def _kept(self, step: int, state: Any) -> bool:
+        return step == state.max_steps or step % self.every == 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Raises RunError for a loss that is not finite."""

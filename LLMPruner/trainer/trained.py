@@ -75,6 +75,7 @@ def training_settings(model: torch.nn.Module, *, recompute: bool) -> Iterator[No
         model.config.use_cache = use_cache
         if recompute:
             model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()  # a hook that it put on the embeddings
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

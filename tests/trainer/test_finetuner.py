@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import peft
 import pytest
 import torch
-from conftest import each_architecture, geometry_of, half_pruned, random_plan, random_windows, tiny_model
+from conftest import each_architecture, geometry_of, half_pruned, plain_text, random_plan, random_windows, tiny_model
 
 from LLMPruner.config import FinetuneConfig, LoraConfig
 from LLMPruner.data.windows import load_windows
@@ -20,7 +22,8 @@ from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import LoadedModel, load_model, save_model
 from LLMPruner.model.source import find_model
-from LLMPruner.trainer import finetuner
+from LLMPruner.trainer import finetuner, progress, trained
+from LLMPruner.trainer.batch import Batch
 from LLMPruner.trainer.finetuner import finetune
 
 LORA = FinetuneConfig(lr=1e-2, samples=48, epochs=2, seq_len=32, batch_size=4, grad_accum=2, lora=LoraConfig(dropout=0.0))
@@ -46,6 +49,11 @@ def windows(tokenizer, data_dir):
     return cut
 
 
+def tune(loaded, config, rows, *, seed, folder=None, **places):
+    """`finetune` on plain windows of one corpus; `places` are its own."""
+    return finetune(loaded, config, plain_text(rows), seed=seed, places=finetuner.Places(folder, **places))
+
+
 def weights(model) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -66,7 +74,7 @@ def test_training_lowers_the_loss_and_the_ppl_of_text_it_never_saw(pruned, windo
     train, test = windows("train", config.samples), windows("test", 12)
     assert len(train) == config.samples
     before = perplexity(pruned.model, train), perplexity(pruned.model, test)
-    record = finetune(pruned, config, train, seed=0)
+    record = tune(pruned, config, train, seed=0)
     after = perplexity(pruned.model, train), perplexity(pruned.model, test)
     assert after[0] < 0.9 * before[0] and after[1] < 0.9 * before[1]
     assert record["steps"] == 48 // 8 * 2 and record["method"] == config.method and record["learning_rate"] == config.lr
@@ -78,20 +86,20 @@ def test_the_first_logged_loss_is_the_models_own_on_the_same_tokens(pruned, wind
     train = windows("train", 8)
     expected = math.log(perplexity(pruned.model, train))
     config = replace(LORA, samples=8, epochs=1, batch_size=4, grad_accum=2)  # one step over all of them
-    assert finetune(pruned, config, train, seed=0)["loss_first"] == pytest.approx(expected, rel=1e-4)
+    assert tune(pruned, config, train, seed=0)["loss_first"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_lora_leaves_a_plain_model_of_the_same_shapes(pruned, windows):
     model, kinds = pruned.model, [type(module) for module in pruned.model.modules()]
     before = weights(model)
-    record = finetune(pruned, SHORT, windows("train", 8), seed=0)
+    record = tune(pruned, SHORT, windows("train", 8), seed=0)
     assert pruned.model is model and [type(module) for module in model.modules()] == kinds
     assert {name: value.shape for name, value in before.items()} == {n: v.shape for n, v in model.state_dict().items()}
     assert not hasattr(model, "peft_config") and "forward" not in vars(model)
     assert not model.training and model.config.use_cache is True and not any(p.requires_grad for p in model.parameters())
     rank = sum(sum(value.shape) for name, value in before.items() if "_proj" in name) * SHORT.lora.r
     assert record["trainable_parameters"] == rank
-    finetune(pruned, SHORT, windows("train", 8), seed=0)  # and once more: nothing of the first time is in the way
+    tune(pruned, SHORT, windows("train", 8), seed=0)  # and once more: nothing of the first time is in the way
     assert [type(module) for module in model.modules()] == kinds
 
 
@@ -106,13 +114,13 @@ def test_lora_leaves_a_plain_model_of_the_same_shapes(pruned, windows):
 def test_lora_changes_its_targets_and_nothing_else(pruned, windows, attention, mlp, expected):
     before = weights(pruned.model)
     config = replace(SHORT, lora=LoraConfig(target_attention=attention, target_mlp=mlp))
-    finetune(pruned, config, windows("train", 8), seed=0)
+    tune(pruned, config, windows("train", 8), seed=0)
     assert changed(pruned.model, before) == expected
 
 
 def test_full_fine_tuning_changes_every_weight(pruned, windows):
     before = weights(pruned.model)
-    record = finetune(pruned, replace(SHORT, method="full"), windows("train", 8), seed=0)
+    record = tune(pruned, replace(SHORT, method="full"), windows("train", 8), seed=0)
     assert all(not value.equal(before[name]) for name, value in pruned.model.state_dict().items())
     assert record["trainable_parameters"] == pruned.plan.total_params
 
@@ -120,7 +128,7 @@ def test_full_fine_tuning_changes_every_weight(pruned, windows):
 def test_the_saved_adapter_on_the_old_weights_is_the_merged_model(pruned, windows, tmp_path):
     before = weights(pruned.model)
     untrained = logits(pruned.model)
-    finetune(pruned, LORA, windows("train", 48), seed=0, adapter_dir=tmp_path / "adapter")
+    tune(pruned, LORA, windows("train", 48), seed=0, adapter=tmp_path / "adapter")
     merged = logits(pruned.model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]  # no temporary sibling
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
@@ -134,7 +142,7 @@ def test_a_new_adapter_replaces_an_old_one_whole(pruned, windows, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "stale.txt").write_text("of an earlier run")
-    finetune(pruned, SHORT, windows("train", 8), seed=0, adapter_dir=folder)
+    tune(pruned, SHORT, windows("train", 8), seed=0, adapter=folder)
     assert "stale.txt" not in {path.name for path in folder.iterdir()}
 
 
@@ -142,7 +150,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained_di
     results = []
     for seed in (3, 3, 4):
         loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
-        finetune(loaded, SHORT, windows("train", 8), seed=seed)
+        tune(loaded, SHORT, windows("train", 8), seed=seed)
         results.append(loaded.model.model.layers[0].self_attn.q_proj.weight)
     assert results[0].equal(results[1]) and not results[0].equal(results[2])
 
@@ -156,7 +164,7 @@ def test_every_pruned_architecture_trains_and_reloads(changes, method, tokenizer
     loaded = LoadedModel(model, tokenizer, plan, {})
     rows = random_windows(8, 16)
     before = perplexity(model, rows)
-    finetune(loaded, replace(FULL, method=method, lr=5e-3, epochs=4, grad_accum=1, warmup_steps=0), rows, seed=0)
+    tune(loaded, replace(FULL, method=method, lr=5e-3, epochs=4, grad_accum=1, warmup_steps=0), rows, seed=0)
     assert perplexity(loaded.model, rows) < before
     save_model(tmp_path / "m.bin", loaded)
     again = load_model(find_model(str(tmp_path / "m.bin"), "--model_path"), dtype="float32", device="cpu")
@@ -171,7 +179,7 @@ def test_half_precision_stays_half_and_small_steps_still_count(pruned, windows, 
     train = windows("train", 48)
     before = perplexity(pruned.model, train)
     config = replace(FULL, lr=2e-4, epochs=4) if method == "full" else LORA
-    finetune(pruned, config, train, seed=0)
+    tune(pruned, config, train, seed=0)
     assert {value.dtype for value in pruned.model.parameters()} == {torch.bfloat16}
     assert pruned.model.model.rotary_emb.inv_freq.equal(table)
     assert perplexity(pruned.model, train) < 0.95 * before
@@ -180,7 +188,7 @@ def test_half_precision_stays_half_and_small_steps_still_count(pruned, windows, 
 def test_small_steps_add_up_while_bfloat16_weights_are_fully_trained():
     model = tiny_model().bfloat16()
     norm = model.model.norm.weight  # ones: 1 + 1e-4 is 1 in bfloat16
-    with finetuner.float32_weights(model):
+    with trained.float32_weights(model):
         for _ in range(100):
             norm.data += 1e-4
     assert norm.dtype == torch.bfloat16 and (norm.float() - 1.01).abs().max() < 0.004
@@ -191,7 +199,7 @@ def test_a_loss_that_is_not_a_number_stops_with_advice_and_leaves_nothing(pruned
     pruned.model.model.norm.weight.data[0] = math.nan
     before = weights(pruned.model)
     with pytest.raises(RunError, match="loss became nan in step 1: use LoRA .*--use_lora --lora_target_attention") as error:
-        finetune(pruned, replace(SHORT, method=method), windows("train", 8), seed=0, adapter_dir=tmp_path / "adapter")
+        tune(pruned, replace(SHORT, method=method), windows("train", 8), seed=0, adapter=tmp_path / "adapter")
     assert "\n" not in str(error.value) and "--lora_target_mlp --lr 2e-4" in str(error.value)
     assert list(tmp_path.iterdir()) == []
     assert pruned.model.state_dict().keys() == before.keys()  # no adapter is left in the model
@@ -211,8 +219,8 @@ def test_a_broken_gradient_of_the_very_last_step_stops_before_the_weights(pruned
             return loss
 
     monkeypatch.setattr(finetuner, "_Trainer", Broken)
-    with pytest.raises(RunError, match="gradient norm became (inf|nan) in step 2"):
-        finetune(pruned, replace(SHORT, method="full", max_grad_norm=max_grad_norm), windows("train", 8), seed=0)
+    with pytest.raises(RunError, match="(gradient norm|training loss) became (inf|nan) in step 2"):
+        tune(pruned, replace(SHORT, method="full", max_grad_norm=max_grad_norm), windows("train", 8), seed=0)
     assert all(torch.isfinite(value).all() for value in pruned.model.parameters())
 
 
@@ -222,17 +230,17 @@ def test_an_interrupted_lora_gives_the_old_weights_back(pruned, windows, monkeyp
     def interrupt(self, *args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetuner._Progress, "on_step_end", interrupt)
+    monkeypatch.setattr(finetuner.Progress, "on_step_end", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        finetune(pruned, SHORT, windows("train", 8), seed=0)
+        tune(pruned, SHORT, windows("train", 8), seed=0)
     assert changed(pruned.model, before) == set()
 
 
 def test_progress_is_plain_lines_that_name_first_and_last_step(pruned, windows, capfd, monkeypatch):
     logged = []
-    monkeypatch.setattr(finetuner.logger, "info", lambda text, *values: logged.append(text % values))
+    monkeypatch.setattr(progress.logger, "info", lambda text, *values: logged.append(text % values))
     config = replace(LORA, samples=43, epochs=1, batch_size=1, grad_accum=1, lr=1e-3)
-    finetune(pruned, config, windows("train", 43), seed=0)
+    tune(pruned, config, windows("train", 43), seed=0)
     lines = [line for line in logged if line.startswith("step ")]
     assert lines[0].startswith("step 1 of 43  loss ") and lines[-1].startswith("step 43 of 43  loss ")
     assert 20 <= len(lines) <= 24 and "lr" in lines[1]
@@ -240,73 +248,89 @@ def test_progress_is_plain_lines_that_name_first_and_last_step(pruned, windows, 
     assert "it/s" not in output.err and "train_runtime" not in output.out
 
 
+def arguments_of(config, count=1000, at_once=1, model=None, seed=0):
+    batch = Batch(at_once, recompute=False)
+    return finetuner._arguments(config, config.steps(count), batch, Path("unused"), model or tiny_model(), seed)
+
+
 def test_warm_up_is_as_asked_and_by_default_at_most_a_tenth_of_the_steps():
-    arguments = {"folder": "unused", "device": torch.device("cpu"), "precision": torch.float32, "seed": 0}
     config = replace(LORA, epochs=3, batch_size=1, grad_accum=4, warmup_steps=None)
-    assert finetuner._arguments(config, 1000, **arguments).warmup_steps == 75  # of 750
-    assert finetuner._arguments(replace(config, warmup_steps=100), 1000, **arguments).warmup_steps == 100
-    assert finetuner._arguments(config, 9, **arguments).warmup_steps == 0
+    assert arguments_of(config)["warmup_steps"] == 75  # of 750
+    assert arguments_of(replace(config, warmup_steps=100))["warmup_steps"] == 100
+    assert arguments_of(config, 9)["warmup_steps"] == 0
 
 
 def test_every_setting_reaches_the_trainer_and_peft():
-    lora = LoraConfig(r=3, alpha=7, dropout=0.25)
+    lora = LoraConfig(r=3, alpha=7, dropout=0.25, use_dora=True, use_rslora=True)
     config = FinetuneConfig(
         lr=3e-4, epochs=5, batch_size=6, grad_accum=7, max_grad_norm=0.5, warmup_steps=1, weight_decay=0.03, lora=lora
     )
-    made = finetuner._arguments(config, 1000, "unused", torch.device("cpu"), torch.float32, 11)
-    assert (made.learning_rate, made.num_train_epochs, made.per_device_train_batch_size) == (3e-4, 5, 6)
-    assert (made.gradient_accumulation_steps, made.max_grad_norm, made.weight_decay) == (7, 0.5, 0.03)
+    values = arguments_of(config, at_once=14, seed=11)
+    made = finetuner._training_arguments(values, torch.device("cpu"))
+    assert (made.learning_rate, made.num_train_epochs, made.per_device_train_batch_size) == (3e-4, 5, 14)
+    assert (made.gradient_accumulation_steps, made.max_grad_norm, made.weight_decay) == (3, 0.5, 0.03)
     assert (made.seed, made.data_seed, made.warmup_steps) == (11, 11, 1)
-    assert made.report_to == [] and made.save_strategy == "no" and made.logging_nan_inf_filter is False
-    with finetuner.adapters(tiny_model(), LLAMA, lora, 0) as adapted:
+    assert made.report_to == [] and made.save_total_limit == 2 and made.logging_nan_inf_filter is False
+    assert values["optim"] == "adamw_torch_fused"
+    assert arguments_of(replace(config, optimizer="adamw_8bit"))["optim"] == "adamw_bnb_8bit"
+    with trained.adapters(tiny_model(), LLAMA, lora, 0) as adapted:
         settings = adapted.peft_config["default"]
         assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (3, 7, 0.25)
+        assert settings.use_dora and settings.use_rslora
 
 
 @pytest.mark.parametrize(
     ("device", "precision", "native_bf16", "expected"),
     [
-        ("cpu", torch.bfloat16, True, (False, False, False)),
-        ("cuda", torch.float32, True, (False, False, True)),  # --dtype float32 is the cure for NaN: no autocast
-        ("cuda", torch.bfloat16, True, (True, False, True)),
-        ("cuda", torch.float16, True, (True, False, True)),
-        ("cuda", torch.float16, False, (False, True, True)),
+        ("cpu", torch.bfloat16, True, (False, False)),
+        ("cuda", torch.float32, True, (False, False)),  # --dtype float32 is the cure for NaN: no autocast
+        ("cuda", torch.bfloat16, True, (True, False)),
+        ("cuda", torch.float16, True, (True, False)),
+        ("cuda", torch.float16, False, (False, True)),
     ],
 )
-def test_autocast_and_checkpointing_only_where_they_make_sense(monkeypatch, device, precision, native_bf16, expected):
-    monkeypatch.setattr(finetuner, "TrainingArguments", lambda **settings: SimpleNamespace(n_gpu=4, **settings))
+def test_autocast_only_where_it_makes_sense(monkeypatch, device, precision, native_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native_bf16)
-    arguments = finetuner._arguments(LORA, 8, "unused", torch.device(device), precision, 0)
-    assert (arguments.bf16, arguments.fp16, arguments.gradient_checkpointing) == expected
-    assert arguments._n_gpu == 1 and arguments.use_cpu == (device == "cpu")
+    values = arguments_of(LORA, model=SimpleNamespace(device=torch.device(device), dtype=precision))
+    assert (values["bf16"], values["fp16"]) == expected
+    assert values["use_cpu"] == (device == "cpu")
 
 
 @pytest.mark.parametrize(("place", "wanted"), [("cuda:1", "cuda:1"), ("cuda:0", "cpu"), ("cuda", "cpu"), ("cpu", "cpu")])
 def test_training_stays_on_the_gpu_that_has_the_model(tmp_path, monkeypatch, place, wanted):
     """By itself the Trainer takes the first GPU, which is a CPU here."""
-    made = finetuner._arguments(LORA, 8, str(tmp_path), torch.device("cpu"), torch.float32, 0)
+    made = finetuner._training_arguments(arguments_of(LORA) | {"output_dir": str(tmp_path)}, torch.device("cpu"))
     monkeypatch.setattr(made.distributed_state, "device", made.distributed_state.device)  # shared by all: put back afterwards
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     made._n_gpu = 4
-    finetuner._keep_on(made, torch.device(place))
+    monkeypatch.setattr(finetuner, "TrainingArguments", lambda **_: made)
+    finetuner._training_arguments({}, torch.device(place))
     assert made.n_gpu == 1 and made.device == made.distributed_state.device == torch.device(wanted)
     assert chosen == ([torch.device(place)] if wanted != "cpu" else [])
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_gradient_checkpointing_changes_no_result(trained_dir, windows, monkeypatch, method):
-    make, results = finetuner._arguments, []
-    for checkpointing in (False, True):
+def test_recomputed_activations_change_no_result(trained_dir, windows, monkeypatch, method):
+    results = []
+    for recompute in (False, True):
         loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
-
-        def arguments(*args, on=checkpointing):
-            made = make(*args)
-            made.gradient_checkpointing = on
-            return made
-
-        monkeypatch.setattr(finetuner, "_arguments", arguments)
-        finetune(loaded, replace(SHORT, method=method), windows("train", 8), seed=0)
+        monkeypatch.setattr(finetuner, "choose_batch", lambda *_, on=recompute: Batch(4, recompute=on))
+        tune(loaded, replace(SHORT, method=method), windows("train", 8), seed=0)
         assert not loaded.model.is_gradient_checkpointing and not loaded.model.model.embed_tokens._forward_hooks
         results.append(logits(loaded.model))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_step_is_the_same_however_many_windows_are_computed_at_once(trained_dir, windows, method):
+    results = []
+    for at_once in (1, 2, 4):
+        loaded = load_model(find_model(str(trained_dir), "--model_path"), dtype="float32", device="cpu")
+        config = replace(SHORT, method=method, samples=10, batch_size=1, grad_accum=4, micro_batch=at_once)
+        record = tune(loaded, config, windows("train", 10), seed=0)  # the last step has two windows
+        results.append((record["curve"], logits(loaded.model)))
+        assert record["steps"] == 3
+    for curve, found in results[1:]:
+        assert curve == pytest.approx(np.array(results[0][0]), rel=1e-5)
+        torch.testing.assert_close(found, results[0][1], rtol=1e-4, atol=1e-4)
