@@ -83,9 +83,18 @@ def finetune(
         _report(trainer, config, places, text.rows.windows.shape[1])
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # autocast replaces `forward`
+        _warn_of_no_gain(trainer)
         if places.adapter is not None and parallel.main():
             save_adapter(trained, places.adapter, places.base)
     return _record(config, trainer, count)
+
+
+def _warn_of_no_gain(trainer: Trainer) -> None:
+    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    if losses and losses.get(0, float("inf")) <= min(losses.values()):
+        logger.warning(
+            "no state was better on held-out text than the model before training: lower the learning rate, or use other text"
+        )
 
 
 def _record(config: FinetuneConfig, trainer: Trainer, count: int) -> dict[str, Any]:
