@@ -13,6 +13,7 @@ import torch
 from LLMPruner.config import CommonConfig
 from LLMPruner.errors import DamagedError, RunError, UsageError
 from LLMPruner.evaluator.damage import Damage
+from LLMPruner.evaluator.generate import greedy, stop_tokens
 from LLMPruner.families.family import Projection, Sublayer
 from LLMPruner.model.checkpoint import load_checkpoint
 from LLMPruner.model.device import resolve_device
@@ -229,21 +230,12 @@ def diagnose_forward(loaded: LoadedModel) -> list[Finding]:
     if not runner.store.resident:
         return [*findings, Finding("info", "generation", "not run: the weights are on disk, every token would read them all")]
     prompt = ids[:, : min(12, ids.shape[1])].to(runner.device)
-    cached, plain = (_generate(model, prompt, use_cache=use_cache) for use_cache in (True, False))
+    cached, plain = (
+        greedy(model, prompt, NEW_TOKENS, stops=stop_tokens(model), use_cache=use_cache) for use_cache in (True, False)
+    )
     if not torch.equal(cached, plain):
         # in low precision two equally likely tokens may swap places, which is no defect
         severity = "error" if model.dtype == torch.float32 else "warning"
         findings.append(Finding(severity, "generation", "greedy tokens differ with and without the KV cache"))
     findings.append(Finding("info", "generation", repr(tokenizer.decode(cached[0]))))
     return findings
-
-
-def _generate(model: torch.nn.Module, prompt: torch.Tensor, *, use_cache: bool) -> torch.Tensor:
-    return model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        use_cache=use_cache,
-        pad_token_id=0,
-    )
