@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_windows, tiny_model
+from tokenizers.processors import TemplateProcessing
 
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.columns import beside, width, wrapped
@@ -56,6 +57,9 @@ def test_n_grams_are_counted():
 def test_a_chat_template_is_used_where_there_is_one(loaded):
     plain = prompt_ids(loaded.tokenizer, PROMPT)
     assert plain.tolist() == [loaded.tokenizer(PROMPT).input_ids]
+    adds_bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    loaded.tokenizer.backend_tokenizer.post_processor = adds_bos
+    assert prompt_ids(loaded.tokenizer, PROMPT)[0, 0] == 0
     loaded.tokenizer.chat_template = "{{ bos_token }}Q {{ messages[0].content }}{% if add_generation_prompt %} A{% endif %}"
     asked = prompt_ids(loaded.tokenizer, PROMPT)
     assert loaded.tokenizer.decode(asked[0]) == f"<s>Q {PROMPT} A" and asked[0].eq(0).sum() == 1
