@@ -29,6 +29,7 @@ from LLMPruner.config import (
     PruneConfig,
 )
 from LLMPruner.errors import RunError, UsageError, one_line
+from LLMPruner.evaluator.engines import PACKAGES
 from LLMPruner.importance.allocation import STRATEGIES
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
@@ -125,6 +126,7 @@ CHOICES: dict[str, Any] = {
     "importance": CRITERIA,
     "repair": REPAIRS,
     "calibration_bos": ("auto", "on", "off"),
+    "engine": tuple(PACKAGES),
 }
 
 
