@@ -41,7 +41,7 @@ class EngineConfig:
     @property
     def python(self) -> str:
         """The interpreter, wherever it is called from; a link stays one, for it is what an environment is known by."""
-        found = sys.executable if self.engine_python is None else shutil.which(Path(self.engine_python).expanduser())
+        found = sys.executable if self.engine_python is None else shutil.which(self.engine_python)
         if found is None:
             raise UsageError(f"--engine_python {self.engine_python} is no program")
         return str(Path(found).absolute())
