@@ -81,7 +81,7 @@ def damage_findings(damage: Damage, original: str, diagnosis: Diagnosis) -> list
     )
     sits = f"KL {damage.kl:.4f} nats a token on {damage.tokens:,} tokens of {damage.text}"
     if damage.shares[worst]:
-        sits += f"; most of it arises in layer {worst}, which adds {damage.shares[worst]:.0%} of the distance"
+        sits += f"; the largest part of it arises in layer {worst}, which adds {damage.shares[worst]:.0%} of the distance"
     return [
         Finding("warning" if false else "info", "massive activations", told),
         Finding("info", "damage", sits),

@@ -83,7 +83,7 @@ def test_a_pruned_layer_is_told_in_the_report(source, dense):
     found = with_original(diagnosis, source, dense, PLAIN)
     assert found.healthy and [finding.where for finding in found.findings] == ["massive activations", "damage", "next step"]
     assert all(finding.severity == "info" for finding in found.findings) and found.damage.worst == 2
-    assert "most of it arises in layer 2" in found.findings[1].message
+    assert "the largest part of it arises in layer 2" in found.findings[1].message
     rows = report_text(found).splitlines()
     assert rows[4].split()[-5:] == ["cosine", "distance", "increase", "longest", "token"]
     wanted = found.damage.cosines[2], found.damage.distances[2], found.damage.increases[2], found.damage.ratios[2]
