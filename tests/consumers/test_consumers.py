@@ -152,9 +152,9 @@ def test_vllm(export, tmp_path):
 
 
 @pytest.mark.parametrize(("engine", "form"), [("llama.cpp", "model.gguf"), ("vllm", "hf")])
-def test_an_engine_times_what_is_exported(engine, form, export):
+def test_an_engine_times_what_is_exported(engine, form, tiny):
     config = EngineConfig(engine, python_of(engine.replace(".", "-")), 1)
-    path = export.folder / form
+    path = tiny.folder / form
     times = time_engine({"one": path, "other": path}, config, EfficiencyConfig(prompt_tokens=16, new_tokens=8, repeats=1))
     assert times.engine == engine and times.version[0].isdigit()
     assert all(speed.prefill > 0 and speed.decode > 0 for speed in times.speeds.values())
