@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from LLMPruner import cli
+from LLMPruner.data.corpora import check_corpus
 from LLMPruner.errors import DamagedError, UsageError
+from LLMPruner.evaluator.damage import DiagnosisConfig
 from LLMPruner.files import check_output_file, write_json, write_text
-from LLMPruner.model.source import find_model
+from LLMPruner.model.source import check_seq_len, find_model
 
 if TYPE_CHECKING:
     from LLMPruner.evaluator.health import Diagnosis
@@ -23,15 +25,41 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(__doc__)
     parser.add_argument("--model_path", required=True, help="a .bin of these scripts, a Hugging Face directory, or 'embedded'")
     parser.add_argument("--test_forward", action=cli.Switch, default=False, help="also run the model and generate a few tokens")
-    parser.add_argument("--original_model", help="the dense model: also look for tokens that pruning made far too long")
+    parser.add_argument("--original_model", help="the dense model: also tell, layer by layer, how far the model is from it")
     parser.add_argument("--save_report", metavar="FILE", help="write the report too; as JSON where FILE ends in .json")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the comparison with --original_model")
+    cli.add_settings(parser, DiagnosisConfig, "text of the comparison with --original_model")
     cli.add_common_flags(parser)
     return parser
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise UsageError unless what is to be written can be."""
+    if args.save_report is not None:
+        check_output_file(args.save_report, "--save_report")
+    if args.plot is None:
+        return
+    if Path(args.plot).suffix.lower() != ".png":
+        raise UsageError(f"--plot {args.plot} must end in .png")
+    check_output_file(args.plot, "--plot")
+    if args.save_report is not None and Path(args.plot).resolve() == Path(args.save_report).resolve():
+        raise UsageError("--plot and --save_report name the same file")
+
+
+def diagnosis_config(args: argparse.Namespace) -> DiagnosisConfig:
+    """The text of the comparison. Raises UsageError for a corpus that cannot be read, or where nothing is compared."""
+    config = DiagnosisConfig(**cli.settings_of(DiagnosisConfig, args))
+    for flag in ("dataset", "plot"):
+        if getattr(args, flag) is not None and args.original_model is None:
+            raise UsageError(f"--{flag} belongs to the comparison with the dense model: give --original_model too")
+    if config.dataset is not None:
+        check_corpus(config.dataset, args.data_dir, "test", config.seq_len, args.text_format)
+    return config
+
+
 def diagnose(args: argparse.Namespace) -> Diagnosis:
     """Find and examine the model. Raises UsageError where there is none: a file that is there and damaged is a diagnosis."""
-    settings = cli.common_config(args)
+    settings, text = cli.common_config(args), diagnosis_config(args)
     try:
         source = find_model(args.model_path, "--model_path", faulty=True)  # what is wrong with its weights is what is asked
     except DamagedError as error:
@@ -41,12 +69,18 @@ def diagnose(args: argparse.Namespace) -> Diagnosis:
     original = None if args.original_model is None else find_model(args.original_model, "--original_model")
     if original is not None and comparable(original.geometry) != comparable(source.geometry):
         raise UsageError(f"--original_model {args.original_model} is not the dense model of {source.path}: its sizes differ")
-    from LLMPruner.evaluator.health import diagnose_weights, with_forward, with_original
+    for model in () if original is None or text.dataset is None else (original, source):
+        check_seq_len(model, "--seq_len", text.seq_len)
+    from LLMPruner.evaluator.health import diagnose_weights, with_forward
 
     diagnosis = diagnose_weights(source)
     if args.test_forward:
         diagnosis = with_forward(diagnosis, source, settings)
-    return diagnosis if original is None else with_original(diagnosis, source, original, settings)
+    if original is None:
+        return diagnosis
+    from LLMPruner.evaluator.streams import with_original
+
+    return with_original(diagnosis, source, original, settings, text)
 
 
 def comparable(geometry: Geometry) -> tuple[int, ...]:
@@ -57,8 +91,7 @@ def comparable(geometry: Geometry) -> tuple[int, ...]:
 def recipe(argv: Sequence[str]) -> int:
     """Parse, check, diagnose; returns 0 for a healthy model, 1 for an unhealthy one."""
     args = build_parser().parse_args(argv)
-    if args.save_report is not None:
-        check_output_file(args.save_report, "--save_report")
+    check_outputs(args)
     diagnosis = diagnose(args)
 
     from LLMPruner.evaluator.report import report_text
@@ -71,6 +104,10 @@ def recipe(argv: Sequence[str]) -> int:
             write_json(path, diagnosis.as_dict())
         else:
             write_text(path, report)
+    if args.plot is not None and diagnosis.damage is not None:
+        from LLMPruner.evaluator.damage_plot import plot_damage
+
+        plot_damage(Path(args.plot), diagnosis.damage)
     return 0 if diagnosis.healthy else 1
 
 

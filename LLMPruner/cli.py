@@ -33,6 +33,7 @@ from LLMPruner.config import (
     PruneConfig,
 )
 from LLMPruner.errors import RunError, UsageError, one_line
+from LLMPruner.evaluator.engines import PACKAGES
 from LLMPruner.importance.allocation import STRATEGIES
 from LLMPruner.importance.criteria import CRITERIA
 from LLMPruner.importance.layer_analyzer import LAYER_METHODS
@@ -132,6 +133,7 @@ CHOICES: dict[str, Any] = {
     "teacher_answers": TEACHER_ANSWERS,
     "optimizer": OPTIMIZERS,
     "report_to": REPORTS,
+    "engine": tuple(PACKAGES),
 }
 
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script of the repository, not of an installed package
+
+from LLMPruner.evaluator.engine_timer import LlamaCpp, rates
 
 ROLES = ("dense", "pruned")
 QUANTIZED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
@@ -72,19 +74,6 @@ def unreadable(path: str) -> str | None:
         return f"cannot be read: {error.strerror}"
 
 
-def load(path: str, args: argparse.Namespace) -> Any:
-    """The model with room for the prompt and what follows. Raises ValueError where llama.cpp refuses it."""
-    from llama_cpp import Llama
-
-    length = args.prompt_tokens + args.new_tokens
-    options = {"n_threads": args.threads, "n_threads_batch": args.threads, "n_batch": args.prompt_tokens, "verbose": False}
-    model = Llama(path, n_ctx=length, **options)
-    trained = int(next(value for name, value in model.metadata.items() if name.endswith(".context_length")))
-    if length > trained:
-        raise ValueError(f"it was trained on {trained} positions, fewer than the {length} tokens asked for")
-    return model
-
-
 def quantize(path: str, kind: str, folder: str, role: str) -> str:
     """The file as llama.cpp quantizes it, in `folder`. Raises ValueError where it does not."""
     import llama_cpp
@@ -117,45 +106,6 @@ def perplexity(path: str, text: str, windows: int, threads: int) -> float:
     return math.exp(loss / (windows * (PPL_TOKENS - 1)))
 
 
-def seconds(model: Any, prompt: list[int], new_tokens: int) -> dict[str, float]:
-    """How long prefill and decoding take. What is decoded is fixed, so that no sampling is timed."""
-    model.reset()
-    times = {}
-    for name, work in (("prefill", lambda: model.eval(prompt)), ("decode", lambda: one_by_one(model, prompt[:1], new_tokens))):
-        times[name] = timed(work)
-    return times
-
-
-def one_by_one(model: Any, token: list[int], count: int) -> None:
-    """Evaluate the token so many times, each after the one before."""
-    for _ in range(count):
-        model.eval(token)
-
-
-def timed(work: Callable[[], None]) -> float:
-    """Seconds that the work takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def measure(models: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median tokens/s by role and phase, after a turn of each that is not counted."""
-    vocab = min(model.n_vocab() for model in models.values())
-    prompt = [(7919 * index) % vocab for index in range(1, args.prompt_tokens + 1)]  # the same numbers for both
-    taken: dict[str, list[dict[str, float]]] = {role: [] for role in models}
-    for turn in range(args.repeats + 1):
-        for role, model in models.items():
-            times = seconds(model, prompt, args.new_tokens)
-            if turn:
-                taken[role].append(times)
-    counts = {"prefill": args.prompt_tokens, "decode": args.new_tokens}
-    return {
-        role: {phase: count / statistics.median(row[phase] for row in rows) for phase, count in counts.items()}
-        for role, rows in taken.items()
-    }
-
-
 def table(speeds: dict[str, dict[str, float]], sizes: dict[str, int], ppl: dict[str, float]) -> str:
     """The Markdown table: a row for each phase, the files' sizes, and the PPL where it was measured."""
     rows = [
@@ -185,18 +135,19 @@ def compare(args: argparse.Namespace, folder: str) -> str:
             if args.text is not None:
                 text = Path(args.text).read_text(encoding="utf-8")
                 ppl[role] = perplexity(paths[role], text, args.windows, args.threads)
-            models[role] = load(paths[role], args)
+            models[role] = LlamaCpp(paths[role], vars(args))
         except ValueError as error:
             raise ValueError(f"llama.cpp cannot run --{role} {path}: {error}") from error
     sizes = {role: Path(path).stat().st_size for role, path in paths.items()}
-    kinds = ", ".join(f"{role} {models[role].metadata.get('general.name', '?')}" for role in ROLES)
+    kinds = ", ".join(f"{role} {models[role].model.metadata.get('general.name', '?')}" for role in ROLES)
     lengths = f"{args.prompt_tokens} + {args.new_tokens} tokens, median of {args.repeats}"
     about = (
         f"llama-cpp-python {llama_cpp.__version__}, {args.threads} thread(s), {args.quantize or 'as given'}, {lengths}; {kinds}"
     )
     if ppl:
         about += f"; PPL on {args.windows} windows of {PPL_TOKENS} tokens of {Path(args.text).name}"
-    return f"{table(measure(models, args), sizes, ppl)}\n\n{about}"
+    vocab = min(model.vocab for model in models.values())
+    return f"{table(rates(models, vocab, vars(args)), sizes, ppl)}\n\n{about}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

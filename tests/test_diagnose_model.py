@@ -84,13 +84,18 @@ def test_the_report_is_saved_as_text_or_json(pruned, capsys):
     assert {path.name for path in Path().iterdir()} == {"m.bin", "r.txt", "r.json"}
 
 
-def test_beside_the_dense_model_the_report_tells_how_long_its_tokens_are(pruned, trained_dir, capsys):
-    code, out, err = run(capsys, f"--model_path={pruned}", f"--original_model={trained_dir}", "--save_report=r.json")
+def test_beside_the_dense_model_the_report_tells_where_the_damage_is(pruned, trained_dir, data_dir, capsys):
+    flags = [f"--model_path={pruned}", f"--original_model={trained_dir}", "--save_report=r.json", "--plot=d.png"]
+    code, out, err = run(capsys, *flags)
     assert code == 0 and "massive activations: layer " in out and "longest token" in out and err == ""
-    saved = json.loads(Path("r.json").read_text())
-    assert len(saved["stream_ratios"]) == 4 and saved["findings"][0]["where"] == "massive activations"
+    assert "next step: " in out and Path("d.png").read_bytes().startswith(b"\x89PNG")
+    damage = json.loads(Path("r.json").read_text())["damage"]
+    assert len(damage["layers"]) == 4 and damage["kl"] > 0 and damage["layers"][0]["distance"] == 0.0
+    assert "built-in" in damage["text"]
+    code, out, _ = run(capsys, *flags, "--dataset=wikitext2", f"--data_dir={data_dir}", "--seq_len=32", "--samples=3")
+    assert code == 0 and "on 96 tokens of wikitext2" in out
     code, out, _ = run(capsys, f"--model_path={trained_dir}", f"--original_model={trained_dir}")
-    assert code == 0 and "1.0 times as long" in out and "none is false" in out
+    assert code == 0 and "1.0 times as long" in out and "none is false" in out and "next step: nothing" in out
 
 
 def test_another_dense_model_is_refused(pruned, tokenizer, capsys):
@@ -170,6 +175,16 @@ def test_a_strangers_pickle_is_never_executed(folder, capsys, write):
         (["--model_path=m.bin", "--save_report=none/r.txt"], "--save_report"),
         (["--model_path=m.bin", "--save_report=."], "--save_report"),
         (["--model_path=m.bin", "--original_model=/nowhere/dense"], "--original_model /nowhere/dense does not exist"),
+        (["--model_path=m.bin", "--plot=d.png"], "--plot belongs to the comparison with the dense model"),
+        (["--model_path=m.bin", "--dataset=wikitext2"], "--dataset belongs to the comparison with the dense model"),
+        (["--model_path=m.bin", "--original_model=m.bin", "--plot=d.pdf"], "--plot d.pdf must end in .png"),
+        (["--model_path=m.bin", "--original_model=m.bin", "--plot=none/d.png"], "--plot none/d.png cannot be written"),
+        (["--model_path=m.bin", "--original_model=m.bin", "--dataset=none"], "unknown corpus 'none'"),
+        (["--model_path=m.bin", "--original_model=m.bin", "--samples=0"], "--samples must be 1 or more"),
+        (
+            ["--model_path=m.bin", "--original_model=m.bin", "--dataset=notes.txt", "--seq_len=300"],
+            "shorter than one window of 300",
+        ),
         (["--model_path=m.bin", "--unknown"], "--unknown"),
         (["--model_path=m.bin", "--test_forward", "--device=cuda:77"], "--device"),
     ],

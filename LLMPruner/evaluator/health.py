@@ -12,7 +12,8 @@ import torch
 
 from LLMPruner.config import CommonConfig
 from LLMPruner.errors import DamagedError, RunError, UsageError
-from LLMPruner.evaluator.massive import RATIO, largest_ratios, lengths_and_last
+from LLMPruner.evaluator.damage import Damage
+from LLMPruner.evaluator.generate import greedy, stop_tokens
 from LLMPruner.families.family import Projection, Sublayer
 from LLMPruner.model.checkpoint import load_checkpoint
 from LLMPruner.model.device import resolve_device
@@ -61,12 +62,21 @@ class Diagnosis:
     plan: PruningPlan | None
     layers: tuple[LayerShape, ...]
     findings: tuple[Finding, ...]
-    stream_ratios: tuple[float, ...] = ()  # per layer, how many times as long as in the dense model a token's stream is at most
+    damage: Damage | None = None  # beside the dense model
 
     @property
     def healthy(self) -> bool:
         """No finding is an error."""
         return all(finding.severity != "error" for finding in self.findings)
+
+    @property
+    def kept(self) -> tuple[float, ...]:
+        """The share of every layer's dense parameters that is left."""
+        if self.plan is None:
+            return ()
+        units = self.plan.geometry.unit_params
+        whole = sum(self.plan.geometry.sublayer_params(name) for name in ("attention", "mlp"))
+        return tuple((layer.kv_heads * units("attention") + layer.channels * units("mlp")) / whole for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -76,7 +86,7 @@ class Diagnosis:
             "parameters": self.parameters,
             "dense_parameters": None if self.plan is None else self.plan.geometry.dense_params,
             "layers": [asdict(layer) for layer in self.layers],
-            "stream_ratios": list(self.stream_ratios),
+            "damage": None if self.damage is None else self.damage.as_dict(),
             "findings": [asdict(finding) for finding in self.findings],
         }
 
@@ -204,40 +214,6 @@ def with_forward(diagnosis: Diagnosis, source: ModelSource, common: CommonConfig
     return replace(diagnosis, findings=(*diagnosis.findings, *found))
 
 
-def with_original(
-    diagnosis: Diagnosis, source: ModelSource, original: ModelSource, common: CommonConfig = DEFAULTS
-) -> Diagnosis:
-    """The diagnosis with false massive activations added: both models on a short text, one after the other."""
-    if not diagnosis.healthy:
-        return diagnosis
-    dense, ids = _stream_lengths(original, None, common)
-    ours, _ = _stream_lengths(source, ids, common)
-    ratios = tuple(largest_ratios(ours, dense))
-    broken = next((index for index, ratio in enumerate(ratios) if not math.isfinite(ratio)), None)
-    if broken is not None:
-        finding = Finding(
-            "error", "massive activations", f"layer {broken}: the residual stream is not finite: try --dtype float32"
-        )
-        return replace(diagnosis, findings=(*diagnosis.findings, finding))
-    worst = max(range(len(ratios)), key=lambda index: ratios[index])
-    severity, verdict = "info", "none is false"
-    if ratios[worst] >= RATIO:
-        severity, verdict = "warning", "false massive activations: prune with --repair least_squares, or remove less"
-    told = f"layer {worst}: a token's residual stream is {ratios[worst]:.1f} times as long as in {original.path} ({verdict})"
-    finding = Finding(severity, "massive activations", told)
-    return replace(diagnosis, findings=(*diagnosis.findings, finding), stream_ratios=ratios)
-
-
-def _stream_lengths(
-    source: ModelSource, ids: torch.Tensor | None, common: CommonConfig
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Lengths of the residual stream by layer and token, and the token ids `(1, tokens)`: those of a short text where None."""
-    with opened(source, common) as loaded:
-        if ids is None:
-            ids = torch.tensor([loaded.tokenizer(TEXT).input_ids[: source.geometry.max_positions]])
-        return lengths_and_last(loaded.runner, ids)[0], ids
-
-
 @torch.no_grad()
 def diagnose_forward(loaded: LoadedModel) -> list[Finding]:
     """Run the model on a short text: finite, better than guessing, and the same with the KV cache as without."""
@@ -254,21 +230,12 @@ def diagnose_forward(loaded: LoadedModel) -> list[Finding]:
     if not runner.store.resident:
         return [*findings, Finding("info", "generation", "not run: the weights are on disk, every token would read them all")]
     prompt = ids[:, : min(12, ids.shape[1])].to(runner.device)
-    cached, plain = (_generate(model, prompt, use_cache=use_cache) for use_cache in (True, False))
+    cached, plain = (
+        greedy(model, prompt, NEW_TOKENS, stops=stop_tokens(model), use_cache=use_cache) for use_cache in (True, False)
+    )
     if not torch.equal(cached, plain):
         # in low precision two equally likely tokens may swap places, which is no defect
         severity = "error" if model.dtype == torch.float32 else "warning"
         findings.append(Finding(severity, "generation", "greedy tokens differ with and without the KV cache"))
     findings.append(Finding("info", "generation", repr(tokenizer.decode(cached[0]))))
     return findings
-
-
-def _generate(model: torch.nn.Module, prompt: torch.Tensor, *, use_cache: bool) -> torch.Tensor:
-    return model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        use_cache=use_cache,
-        pad_token_id=0,
-    )

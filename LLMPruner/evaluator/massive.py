@@ -12,8 +12,6 @@ import torch
 
 from LLMPruner.model.forward import LayerRunner
 
-RATIO = 10.0  # a stream so many times as long as it should be is reported
-
 
 @torch.no_grad()
 def lengths_and_last(runner: LayerRunner, windows: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -42,13 +42,14 @@ class Head:
         return torch.cat(totals)
 
     @torch.no_grad()
-    def divergence(self, hidden: torch.Tensor, reference: torch.Tensor) -> float:
+    def divergence(self, hidden: torch.Tensor, reference: torch.Tensor, head: Head | None = None) -> float:
         """Mean KL(reference || model), nats a token, from the last hidden states of both.
 
-        Both go through this model's head, which no pruning changes; log-probabilities of a few tokens are alive at a time.
+        The reference goes through `head`; None: through this model's, which no pruning changes, but a fine-tuning may.
+        Log-probabilities of a few tokens are alive at a time.
         """
         chunks = self._chunks(hidden.flatten(0, -2), reference.flatten(0, -2))
-        return sum(self._summed_divergence(*chunk).item() for chunk in chunks) / hidden.shape[:-1].numel()
+        return sum(self._summed_divergence(*chunk, head).item() for chunk in chunks) / hidden.shape[:-1].numel()
 
     def divergence_gradient(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """The gradient of `divergence` with respect to `hidden` `(tokens, hidden)`."""
@@ -63,10 +64,10 @@ class Head:
         result[:, :-1] = gradient.view(hidden[:, :-1].shape)
         return result
 
-    def _summed_divergence(self, rows: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    def _summed_divergence(self, rows: torch.Tensor, reference: torch.Tensor, head: Head | None = None) -> torch.Tensor:
         """Summed KL(reference || model) of last hidden states `(tokens, hidden)`."""
         with torch.no_grad():
-            theirs = self._log_probs(reference)
+            theirs = (head or self)._log_probs(reference)
         return functional.kl_div(self._log_probs(rows), theirs, reduction="sum", log_target=True)
 
     def _nll(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

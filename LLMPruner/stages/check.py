@@ -70,7 +70,7 @@ class Yardstick:
 
     def holds(self, verdict: Verdict) -> bool:
         """Whether the healed model is what was forecast, or better, and no token far too long; not where either is NaN."""
-        from LLMPruner.evaluator.massive import RATIO
+        from LLMPruner.evaluator.damage import RATIO
 
         return verdict.kl <= SLACK * self.forecast and verdict.longest <= RATIO
 

@@ -91,7 +91,7 @@ def finetune(
 
 def _warn_of_no_gain(trainer: Trainer) -> None:
     losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
-    if losses and losses.get(0, float("inf")) <= min(losses.values()):
+    if parallel.main() and losses and losses.get(0, float("inf")) <= min(losses.values()):
         logger.warning(
             "no state was better on held-out text than the model before training: lower the learning rate, or use other text"
         )
@@ -229,6 +229,7 @@ class _Trainer(Trainer):
         parts = "; ".join(f"{name} {metrics[f'eval_{name}_nll']:.4f} nats" + _kl(metrics, name) for name in self.eval_dataset)
         logger.info("step %d  held-out loss %.4f: %s", self.state.global_step, mean, parts)
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -279,6 +280,7 @@ def _arguments(config: FinetuneConfig, steps: int, batch: Batch, folder: Path, m
         "bf16": precision == torch.bfloat16,
         "fp16": precision == torch.float16,
         "use_cpu": model.device.type == "cpu",
+        "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": model.device.type == "cuda",
         "disable_tqdm": not sys.stderr.isatty(),
     }

@@ -35,16 +35,26 @@ class Progress(TrainerCallback):
     def __init__(self, pace: Pace, device: torch.device) -> None:
         self.pace, self.device = pace, str(device)
         self.since, self.step = time.perf_counter(), 0
+        self.stopped = self.since  # when the last step was over: checks and checkpoints are not training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self.since, self.step = time.perf_counter(), state.global_step
+        self.stopped = self.since
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on."""
+        self.since += time.perf_counter() - self.stopped
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self.stopped = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One line; the Trainer's closing summary, which has no loss of a step, is left out."""
         if not logs or "loss" not in logs:
             return
-        now, done = time.perf_counter(), state.global_step - self.step
+        now, done = self.stopped, state.global_step - self.step
         rate = done * self.pace.tokens / max(now - self.since, 1e-9)
         share = rate * self.pace.token_flops / (self.pace.peak_flops * self.pace.processes)
         left = (state.max_steps - state.global_step) * (now - self.since) / max(done, 1)

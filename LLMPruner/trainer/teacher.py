@@ -69,15 +69,15 @@ def draw_answers(
     """
     groups = [group for group in range(-(-len(windows) // GROUP)) if not kept.has(group)]
     mine = groups[parallel.share(len(groups))]
-    if mine:
-        teacher = runner()
+    if groups:
+        teacher = runner()  # by all processes: they agree on how it is loaded
         for group in tqdm(mine, desc="teacher", unit="group", disable=parallel.quiet(), leave=False):
             rows = windows[group * GROUP : (group + 1) * GROUP]
             generator = torch.Generator(teacher.device).manual_seed(seed + group)
             kept.write(group, _answers(teacher, rows, config, generator))
-        size = sum(path.stat().st_size for path in kept.folder.iterdir())
-        logger.info("teacher: %d draws of each of %d answers, %.2f GB", config.teacher_draws, windows.numel(), size / 1e9)
     parallel.wait()
+    size = sum(path.stat().st_size for path in kept.folder.iterdir())
+    logger.info("teacher: %d draws of each of %d answers, %.2f GB", config.teacher_draws, windows.numel(), size / 1e9)
     return kept
 
 

@@ -12,6 +12,8 @@ import numpy
 import pytest
 import torch
 
+from LLMPruner.config import EfficiencyConfig
+from LLMPruner.evaluator.engines import EngineConfig, time_engine
 from LLMPruner.export.gguf import write_gguf
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import load_model
@@ -147,6 +149,15 @@ def test_vllm(export, tmp_path):
     output = run(python_of("vllm"), "run_vllm.py", export.folder / "hf", "ids.json", cwd=tmp_path, VLLM_CPU_KVCACHE_SPACE="1")
     (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
     assert json.loads(line.removeprefix("RESULT ")) == reference(export.loaded, ids)[1]
+
+
+@pytest.mark.parametrize(("engine", "form"), [("llama.cpp", "model.gguf"), ("vllm", "hf")])
+def test_an_engine_times_what_is_exported(engine, form, tiny):
+    config = EngineConfig(engine, python_of(engine.replace(".", "-")), 1)
+    path = tiny.folder / form
+    times = time_engine({"one": path, "other": path}, config, EfficiencyConfig(prompt_tokens=16, new_tokens=8, repeats=1))
+    assert times.engine == engine and times.version[0].isdigit()
+    assert all(speed.prefill > 0 and speed.decode > 0 for speed in times.speeds.values())
 
 
 def test_lm_eval_agrees_with_our_own_accuracy(smollm2, tmp_path):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
+from conftest import VOCAB, each_architecture, geometry_of, random_plan, random_windows, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from LLMPruner.config import EfficiencyConfig
 from LLMPruner.errors import UsageError
-from LLMPruner.evaluator import efficiency
+from LLMPruner.evaluator import decoding, efficiency
 from LLMPruner.evaluator.efficiency import (
     efficiency_table,
     flops_per_token,
     kv_bytes_per_token,
     measure_efficiency,
+    prefill_flops,
     time_decode,
     time_prefill,
 )
@@ -106,6 +109,48 @@ def test_the_table_has_ratios_to_the_first_model():
     assert lines["KV cache a token (bytes)"] == ["64", "(1.000x)", "32", "(0.500x)"]
     assert lines["decode (tokens/s, batch 8)"][-1] == "(1.200x)"
     assert row.as_dict()["decode_rates"] == {"1": 10.0, "8": 50.0}
+
+
+def test_what_is_served_stands_beside_what_python_launches(monkeypatch, tmp_path):
+    """All but the capture itself, which needs a GPU: the steps are taken as they are."""
+    models = {"original": pruned(PruningPlan.dense(geometry_of(tiny_model()))), "pruned": pruned()}
+    monkeypatch.setattr(efficiency, "served", lambda _: True)
+    monkeypatch.setattr(decoding, "captured", lambda decoder: decoder.step)
+    monkeypatch.setattr(efficiency, "filling_prompt", lambda _: (3, 20))
+    monkeypatch.setattr(efficiency, "time_prefill", lambda _, prompt: 2.0 if prompt.shape == (3, 20) else 4.0)
+    (tmp_path / "m.bin").write_bytes(b"123")
+    results = measure_efficiency(models, dict.fromkeys(models, tmp_path / "m.bin"), SMALL)
+    assert all(len(result.served_decode_rates) == 2 for result in results.values())
+    assert {(result.served_prefill_rate, result.prefill_rate) for result in results.values()} == {(3 * 20 / 2, 16 / 4)}
+    plan = models["pruned"].plan
+    assert results["pruned"].prefill_flops == prefill_flops(plan, 20) and results["pruned"].served_prompt == (3, 20)
+    lines = efficiency_table(results, "cuda", "float32", SMALL).splitlines()
+    labels = [line[:36].strip() for line in lines]
+    assert "decode, a graph (tokens/s, batch 1)" in labels and "prefill (tokens/s, 3 x 20)" in labels
+    assert "decode (tokens/s, batch 1)" in labels and "prefill (tokens/s, 1 x 16)" in labels
+    rates = results["pruned"].served_decode_rates, results["pruned"].served_prefill_rate
+    assert f"{results['pruned'].decode_bytes * rates[0][1] / 1e9:,.1f} GB/s" in lines[-2] and "(a graph)" in lines[-2]
+    assert f"{results['pruned'].prefill_flops * rates[1] / 1e12:,.2f} TFLOP/s" in lines[-1]
+
+
+def test_the_table_says_what_bounds_the_rates():
+    dense, plan = pruned(PruningPlan.dense(geometry_of(tiny_model()))), random_plan(geometry_of(tiny_model()))
+    settings = {"served_prompt": None, "decode_bytes": 4000, "prefill_flops": 3000}
+    row = efficiency.Efficiency(1, 1, 1, 1, 100.0, {1: 10.0, 8: 50.0}, 0.5, 1, **settings)
+    half = replace(row, decode_bytes=3000, prefill_flops=2400)
+    decode, prefill = efficiency.bounds({"original": row, "pruned": half})
+    assert "(1.333x)" in decode and "a graph" not in decode and "(1.250x)" in prefill
+    assert efficiency.bounds({"original": replace(row, decode_bytes=0)}) == []
+    assert prefill_flops(dense.plan, 1) == flops_per_token(dense.plan, 1)
+    many, head = prefill_flops(plan, 100), 2 * VOCAB * 64
+    assert many == pytest.approx(flops_per_token(plan, 50.5) - head + head / 100, abs=1)
+
+
+def test_an_embedding_that_is_not_the_head_is_not_read():
+    for tied in (False, True):
+        model = tiny_model(tie_word_embeddings=tied)
+        whole, embedding = efficiency.weight_bytes(model), 4 * VOCAB * 64
+        assert efficiency.weight_bytes(model, read=True) == (whole if tied else whole - embedding)
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "repeats"])

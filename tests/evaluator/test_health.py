@@ -25,9 +25,7 @@ from LLMPruner.evaluator.health import (
     tensor_findings,
     unreadable,
     with_forward,
-    with_original,
 )
-from LLMPruner.evaluator.massive import RATIO
 from LLMPruner.evaluator.report import report_text
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
@@ -204,48 +202,3 @@ def test_broken_weights_are_not_run(monkeypatch):
     diagnosis = with_forward(unreadable("m.bin", RuntimeError("torn")), SimpleNamespace())
     assert errors(diagnosis) == [("file", "torn")] and diagnosis.findings[-1].severity == "info"
     assert report_text(diagnosis).startswith("UNHEALTHY: file: torn\n")
-
-
-def test_a_stream_far_longer_than_in_the_dense_model_is_a_warning_that_names_its_layer(source, trained_dir):
-    dense = find_model(str(trained_dir), "--original_model")
-    diagnosis = diagnose_weights(source)
-    found = with_original(diagnosis, source, dense, CommonConfig(dtype="float32", device="cpu"))
-    assert found.healthy and [finding.severity for finding in found.findings] == ["info"] and len(found.stream_ratios) == 4
-    assert all(0 < ratio < RATIO for ratio in found.stream_ratios) and found.as_dict()["stream_ratios"] == list(
-        found.stream_ratios
-    )
-    rows = report_text(found).splitlines()
-    assert rows[4].endswith("longest token") and rows[7].endswith(f"{found.stream_ratios[2]:.2f}x")
-    assert "longest token" not in report_text(diagnosis)
-
-    payload = torch.load(source.path, weights_only=True)
-    payload["model.layers.2.mlp.down_proj.weight"] *= 1000
-    torch.save(payload, source.path)
-    spoiled = with_original(diagnose_weights(source), source, dense, CommonConfig(dtype="float32", device="cpu"))
-    (finding,) = spoiled.findings
-    assert (finding.severity, finding.where) == ("warning", "massive activations") and spoiled.healthy
-    worst = max(spoiled.stream_ratios)
-    assert spoiled.stream_ratios[:2] == found.stream_ratios[:2] and worst >= RATIO
-    assert (
-        finding.message.startswith(f"layer {spoiled.stream_ratios.index(worst)}: ") and f"{worst:.1f} times" in finding.message
-    )
-
-
-def test_the_dense_model_beside_itself_is_as_long_everywhere(trained_dir):
-    dense = find_model(str(trained_dir), "--original_model")
-    found = with_original(diagnose_weights(dense), dense, dense, CommonConfig(dtype="float32", device="cpu"))
-    assert found.stream_ratios == (1.0,) * 4 and "none is false" in found.findings[0].message
-
-
-def test_broken_weights_are_not_compared_to_the_dense_model(monkeypatch):
-    monkeypatch.setattr(health, "opened", lambda *args, **kwargs: pytest.fail("was loaded"))
-    diagnosis = unreadable("m.bin", RuntimeError("torn"))
-    assert with_original(diagnosis, SimpleNamespace(), SimpleNamespace()) is diagnosis
-
-
-def test_a_residual_stream_that_is_not_finite_is_an_error(source, monkeypatch):
-    broken = [torch.ones(1, 3), torch.full((1, 3), torch.nan)]
-    monkeypatch.setattr(health, "_stream_lengths", lambda *_: (broken, torch.zeros(1, 3, dtype=torch.long)))
-    diagnosis = health.with_original(diagnose_weights(source), source, source)
-    assert not diagnosis.healthy and "layer 1: the residual stream is not finite" in diagnosis.findings[-1].message
-    assert diagnosis.as_dict()["stream_ratios"] == [], "JSON has no NaN"
