@@ -14,6 +14,7 @@ import torch
 import diagnose_model
 import evaluate_models
 import llama3_unbalanced_pruning_gqa_aware as script
+import test_finetuning
 from LLMPruner import cli, parallel
 from LLMPruner.errors import UsageError
 from LLMPruner.model.checkpoint import load_checkpoint
@@ -37,6 +38,13 @@ def rank(monkeypatch):
     return become
 
 
+def tuning(model: Path, data_dir: Path) -> list[str]:
+    """The command line of a fine-tuning, all but its batch."""
+    flags = [f"--model_path={model}", f"--teacher={model}", f"--data_dir={data_dir}", "--save_name=tuned", "--use_lora"]
+    flags += ["--distill", "--teacher_answers=cached", "--lora_dropout=0", "--samples=16", "--epochs=2", "--seq_len=32"]
+    return [*flags, "--grad_accum=1", "--check_steps=3", "--lr=5e-3", "--device=cpu", "--dtype=float32"]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, trained_dir, data_dir):
     """The folder in which two processes did what tests/together.py says, and one process, the run `alone`."""
@@ -45,7 +53,8 @@ def runs(tmp_path_factory, trained_dir, data_dir):
     prune = [*place, *SMALL, "--test_original_ppl", "--test_after_prune"]
     evaluate = [f"--original_model={trained_dir}", f"--data_dir={data_dir}", "--seq_len=64", "--eval_samples=9"]
     evaluate += ["--device=cpu", "--dtype=float32", "--save_results=results.json"]
-    command = [sys.executable, *LAUNCH, TESTS / "together.py", json.dumps({"prune": prune, "evaluate": evaluate})]
+    asked = {"prune": prune, "evaluate": evaluate, "tune": [*tuning(trained_dir, data_dir), "--batch_size=2"]}
+    command = [sys.executable, *LAUNCH, TESTS / "together.py", json.dumps(asked)]
     environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -65,7 +74,7 @@ def outcome(runs: Path, name: str) -> tuple[dict[str, torch.Tensor], str, dict]:
 
 def test_what_processes_find_is_put_together_in_their_order(runs):
     first, second = (json.loads((runs / f"found{rank}.json").read_text()) for rank in range(2))
-    for name in ("evaluated", "whole", "resumed"):
+    for name in ("evaluated", "whole", "tuned", "resumed"):
         assert first[name] == second[name] == 0
     shares = [found["exchanged"].pop("share") for found in (first, second)]
     assert shares == [[0, 2], [2, 5]]
@@ -208,3 +217,22 @@ def test_without_a_launcher_there_is_one_process(monkeypatch, rank, size):
     for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     assert parallel.count() == 1 and parallel.main() and parallel.share(5) == slice(0, 5)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(runs, trained_dir, data_dir, monkeypatch):
+    shared = json.loads((runs / "prune_log/tuned/metrics.json").read_text())["training"]
+    weights, _ = load_checkpoint(runs / "prune_log/tuned/pytorch_model_finetuned.bin")
+    (log,) = (runs / "prune_log" / "tuned").rglob("training.log")
+    assert log.read_text().count("step 8 of 8  loss") == 1
+    (runs / "one").mkdir()
+    monkeypatch.chdir(runs / "one")
+    assert test_finetuning.main([*tuning(trained_dir, data_dir), "--batch_size=4"]) == 0
+    alone = json.loads(Path("prune_log/tuned/metrics.json").read_text())["training"]
+    assert [step for step, _ in shared["curve"]] == [step for step, _ in alone["curve"]] == list(range(1, 9))
+    for name in ("curve", "held_out"):
+        flat = [value for row in shared[name] for value in (row.values() if isinstance(row, dict) else row)]
+        wanted = [value for row in alone[name] for value in (row.values() if isinstance(row, dict) else row)]
+        assert flat == pytest.approx(wanted, rel=1e-4)
+    own, _ = load_checkpoint(Path("prune_log/tuned/pytorch_model_finetuned.bin"))
+    for name, value in own.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)

@@ -51,6 +51,19 @@ def files() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
+def dies_after(steps: int, patch: pytest.MonkeyPatch) -> None:
+    """Lets the process die at the end of so many training steps."""
+    end, count = finetuner.Watch.on_step_end, []
+
+    def dies(*args, **more):
+        count.append(1)
+        if len(count) == steps:
+            raise KeyboardInterrupt
+        return end(*args, **more)
+
+    patch.setattr(finetuner.Watch, "on_step_end", dies)
+
+
 @pytest.mark.parametrize("where", ["beside", "cached"])
 def test_distillation_on_a_mixture_with_text_that_the_dense_model_writes(command, where, trained_dir):
     flags = ["--distill", f"--teacher_answers={where}", "--dataset", "wikitext2:0.75", "self:0.25", "--test_after"]
@@ -89,13 +102,7 @@ def test_a_fine_tuning_that_died_is_resumed_and_ends_alike(command, monkeypatch,
         elif place == "answers":
             patch.setattr(script.recover.__globals__["steps"], "measure_once", dies)
         else:
-            step = finetuner.Watch.on_step_end
-            count = []
-            patch.setattr(
-                finetuner.Watch,
-                "on_step_end",
-                lambda *a, **k: (count.append(1), dies() if len(count) == 4 else step(*a, **k))[1],
-            )
+            dies_after(4, patch)
         assert command(*flags, name="dead") == 130
     if place != "record":
         assert not Path("prune_log/dead/pytorch_model_finetuned.bin").exists()
@@ -188,15 +195,7 @@ def test_the_pruning_script_distills_and_is_resumed_in_the_middle_of_it(trained_
     flags += ["--finetune_dataset", "wikitext2", "self", "--dtype=float32", "--finetune_check_steps=2", "--finetune_epochs=2"]
     assert pruning.main([*flags, "--save_ckpt_log_name=whole"]) == 0
     with monkeypatch.context() as patch:
-        step, count = finetuner.Watch.on_step_end, []
-
-        def dies(*args, **more):
-            count.append(1)
-            if len(count) == 4:
-                raise KeyboardInterrupt
-            return step(*args, **more)
-
-        patch.setattr(finetuner.Watch, "on_step_end", dies)
+        dies_after(4, patch)
         assert pruning.main([*flags, "--save_ckpt_log_name=dead"]) == 130
     assert pruning.main([*flags, "--save_ckpt_log_name=dead", "--resume"]) == 0
     assert all(value.equal(weights("whole")[name]) for name, value in weights("dead").items())

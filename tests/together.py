@@ -10,6 +10,7 @@ import torch
 
 import evaluate_models
 import llama3_unbalanced_pruning_gqa_aware as script
+import test_finetuning
 from LLMPruner import files, parallel
 from LLMPruner.methods.moments import Moments
 from LLMPruner.model.finished import FinishedLayers
@@ -85,6 +86,7 @@ def work(asked: dict) -> dict:
     found = {"written": written, "exchanged": exchanged(), "few": pooled(True), "many": pooled(False)}
     found["evaluated"] = evaluate_models.main(asked["evaluate"])
     found["whole"] = script.main([*prune, "--save_ckpt_log_name=whole"])
+    found["tuned"] = test_finetuning.main(asked["tune"])
     found["died"] = interrupted([*prune, "--stream=on", "--save_ckpt_log_name=died"])
     parallel.leave = leave
     return found | {"resumed": script.main([*prune, "--stream=on", "--resume", "--save_ckpt_log_name=died"])}
