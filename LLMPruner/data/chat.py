@@ -153,8 +153,8 @@ def _by_prompt(tokenizer: Any, chat: Chat, wrong: Wrong) -> tuple[list[int], lis
 def _by_template(tokenizer: Any, chat: Chat, wrong: Wrong) -> tuple[list[int], list[bool]]:
     """The chat as the template renders it, and EOS where that is not how it ends.
 
-    An answer is what follows the rendered messages before it with the prompt for an answer, and what the model then wrote must
-    be read by it in the same tokens once the chat goes on.
+    An answer is what follows the messages before it, rendered with the prompt for an answer. Both must be the same tokens once
+    the chat goes on: what is learned is then what the model would be asked, and what it would have said.
     """
     messages = chat.messages
     whole = _rendered(tokenizer, messages, wrong)
@@ -164,7 +164,7 @@ def _by_template(tokenizer: Any, chat: Chat, wrong: Wrong) -> tuple[list[int], l
         if message["role"] == "assistant":
             before = _rendered(tokenizer, messages[:index], wrong, prompt=True)
             after = whole if index == len(messages) - 1 else _rendered(tokenizer, messages[: index + 1], wrong)
-            first, last = (_prefix(tokenizer, text, whole, ids) for text in (before, after))
+            first, last = (_prefix(tokenizer, text, ids) for text in (before, after))
             if first is None or last is None or first >= last:
                 raise wrong(
                     "is a chat that the tokenizer's chat template renders anew as it goes on, so that its answers are not "
@@ -185,7 +185,7 @@ def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]], wrong: Wrong, 
         raise wrong(f"is refused by the tokenizer's chat template: {one_line(error)}") from error
 
 
-def _prefix(tokenizer: Any, text: str, whole: str, ids: list[int]) -> int | None:
-    """How many of the tokens `ids` of `whole` are those of `text`; None where it does not begin with it."""
-    begin = _ids(tokenizer, text) if whole.startswith(text) else None
-    return None if begin is None or ids[: len(begin)] != begin else len(begin)
+def _prefix(tokenizer: Any, text: str, ids: list[int]) -> int | None:
+    """How many of the tokens `ids` are those of `text`; None where they do not begin with them."""
+    begin = _ids(tokenizer, text)
+    return len(begin) if ids[: len(begin)] == begin else None

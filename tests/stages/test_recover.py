@@ -141,6 +141,7 @@ def test_train_and_save_writes_the_model_and_how_it_came_about(pruned, common):
         "epochs": 1,
         "seq_len": 32,
         "corpus": "wikitext2",
+        "parts": {"wikitext2": 1.0},
         "split": "train",
         "seed": 5,
         "base_checkpoint": "prune_log/exp/pytorch_model.bin",
