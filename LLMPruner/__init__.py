@@ -17,7 +17,7 @@ _PUBLIC = {
     "PruningPlan": "plan",
     "PruneConfig": "config",
     "EvalConfig": "config",
-    "FinetuneConfig": "config",
+    "FinetuneConfig": "training_config",
     "find_model": "model.source",
     "load_model": "model.load",
     "save_model": "model.load",

@@ -18,18 +18,12 @@ from LLMPruner import parallel
 from LLMPruner.config import (
     EXPORT_FORMATS,
     GGUF_TYPES,
-    OPTIMIZERS,
     PRESETS,
-    REPORTS,
     STREAM,
-    TEACHER_ANSWERS,
     TEXT_FORMATS,
     CommonConfig,
-    DistillConfig,
     EvalConfig,
     ExportConfig,
-    FinetuneConfig,
-    LoraConfig,
     PruneConfig,
 )
 from LLMPruner.errors import RunError, UsageError, one_line
@@ -40,6 +34,7 @@ from LLMPruner.importance.layer_analyzer import LAYER_METHODS
 from LLMPruner.memory import out_of_memory
 from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model.device import DTYPES
+from LLMPruner.training_config import OPTIMIZERS, REPORTS, TEACHER_ANSWERS, DistillConfig, FinetuneConfig, LoraConfig
 
 # Without it cuBLAS is not deterministic under `model.device.deterministic`; read when torch first uses the GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -13,13 +13,12 @@ from LLMPruner.config import (
     EfficiencyConfig,
     EvalConfig,
     ExportConfig,
-    FinetuneConfig,
-    LoraConfig,
     PruneConfig,
     require_at_least,
     setting,
 )
 from LLMPruner.errors import UsageError
+from LLMPruner.training_config import FinetuneConfig, LoraConfig
 
 NAN, INF = math.nan, math.inf
 

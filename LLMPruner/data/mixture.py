@@ -9,11 +9,12 @@ import math
 import shlex
 from dataclasses import dataclass
 
-from LLMPruner.config import CommonConfig, FinetuneConfig
+from LLMPruner.config import CommonConfig
 from LLMPruner.data.chat import check_chats
 from LLMPruner.data.corpora import CORPORA, check_corpus, check_place, holds_chats
 from LLMPruner.errors import UsageError
 from LLMPruner.files import existing_path
+from LLMPruner.training_config import FinetuneConfig
 
 SELF = "self"
 

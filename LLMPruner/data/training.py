@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.config import CommonConfig, FinetuneConfig
+from LLMPruner.config import CommonConfig
 from LLMPruner.data.chat import encoded_chats
 from LLMPruner.data.corpora import CORPORA, holds_chats, is_local, reads_a_part
 from LLMPruner.data.mixture import SELF, mixture, windows_of
 from LLMPruner.data.windows import cut, drawn, fingerprint, shuffled, stream, warn
 from LLMPruner.errors import UsageError
+from LLMPruner.training_config import FinetuneConfig
 
 if TYPE_CHECKING:
     import torch

@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from LLMPruner import parallel
-from LLMPruner.config import (
-    EXPORT_FORMATS,
-    PROVENANCE_FILE,
-    CommonConfig,
-    EvalConfig,
-    ExportConfig,
-    FinetuneConfig,
-    PruneConfig,
-)
+from LLMPruner.config import EXPORT_FORMATS, PROVENANCE_FILE, CommonConfig, EvalConfig, ExportConfig, PruneConfig
 from LLMPruner.data.corpora import check_corpus
 from LLMPruner.data.mixture import check_mixture
 from LLMPruner.data.windows import PruneWindows, prune_windows
@@ -33,6 +25,7 @@ from LLMPruner.model.size import checkpoint_bytes, export_bytes
 from LLMPruner.model.source import ModelSource, check_seq_len
 from LLMPruner.stages.journal import FREE, SEARCH_FILE, open_finetune_journal, open_journal
 from LLMPruner.stages.teaching import check_memory, check_packages
+from LLMPruner.training_config import FinetuneConfig
 
 MODEL_FILE, FINETUNED_FILE = "pytorch_model.bin", "pytorch_model_finetuned.bin"  # of an experiment
 

@@ -24,10 +24,10 @@ from LLMPruner.files import read_json_file, write_atomically, write_json
 if TYPE_CHECKING:
     import torch
 
-    from LLMPruner.config import FinetuneConfig
     from LLMPruner.model.finished import FinishedLayers
     from LLMPruner.model.source import ModelSource
     from LLMPruner.stages.job import PruneJob, RecoverJob
+    from LLMPruner.training_config import FinetuneConfig
 
 logger = logging.getLogger("LLMPruner")
 

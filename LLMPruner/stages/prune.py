@@ -54,20 +54,15 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     if job.analyzes:
         importance = _scored(job, run, loaded, windows, journal)
     plan, yardstick = _decide(job, run, loaded, budget, importance, windows, journal)
-    records.report_plan(run, plan, budget)
-    records.describe(job, run, plan, importance)
+    records.decided(job, run, plan, budget, importance)
     job, loaded = _healed(job, run, loaded, plan, yardstick, windows, journal)
     yardstick = None
     gc.collect()  # a model may refer to itself: the other one is to leave the device
     if loaded.plan is not plan:
         plan = loaded.plan
-        records.report_plan(run, plan, budget)
-        records.describe(job, run, plan, None)
+        records.decided(job, run, plan, budget, None)
     records.record(job, loaded, journal.done["command"])
-    if job.save or job.export.formats:
-        loaded.store.settle()
-    if job.save:  # before anything that may take long or fail
-        _save(run, loaded, journal)
+    _save(job, run, loaded, journal)  # before anything that may take long or fail
     if job.test_pruned or job.finetune is not None:
         results["pruned"] = steps.measure_once(journal, run, loaded, windows.evaluation, "pruned", split)
     records.save_results(run, results)
@@ -247,8 +242,12 @@ def _finetune(
     run.metrics["training"] = train_and_save(loaded, config, text, run, journal, **settings)
 
 
-def _save(run: Run, loaded: LoadedModel, journal: Journal) -> None:
-    """Write the `.bin`, unless the one that the run wrote before it died is still there."""
+def _save(job: PruneJob, run: Run, loaded: LoadedModel, journal: Journal) -> None:
+    """Write the `.bin`, where asked for, unless the one that the run wrote before it died is still there."""
+    if job.save or job.export.formats:
+        loaded.store.settle()
+    if not job.save:
+        return
 
     def mark() -> list[int] | None:
         path = run.dir / MODEL_FILE

@@ -61,6 +61,12 @@ def report_plan(run: Run, plan: PruningPlan, budget: Budget) -> None:
     run.metrics["parameters"] = {"original": geometry.dense_params, "pruned": plan.total_params}
 
 
+def decided(job: PruneJob, run: Run, plan: PruningPlan, budget: Budget, importance: LayerImportance | None) -> None:
+    """Log the plan, and write what is decided so far."""
+    report_plan(run, plan, budget)
+    describe(job, run, plan, importance)
+
+
 def describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImportance | None) -> None:
     """Write what is decided so far: settings, scores, plan, picture."""
     if not parallel.main():

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner import parallel
-from LLMPruner.config import FinetuneConfig
 from LLMPruner.data.mixture import as_typed
 from LLMPruner.data.windows import evaluation_windows
 from LLMPruner.model.load import check_loads, load_model, load_tokenizer
@@ -17,6 +16,7 @@ from LLMPruner.run import versions
 from LLMPruner.stages import steps, teaching
 from LLMPruner.stages.job import FINETUNED_FILE, MODEL_FILE, RecoverJob, check_exports
 from LLMPruner.stages.journal import Journal, open_finetune_journal
+from LLMPruner.training_config import FinetuneConfig
 
 if TYPE_CHECKING:
     from LLMPruner.data.training import TrainingText

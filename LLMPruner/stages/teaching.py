@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner import parallel
-from LLMPruner.config import CommonConfig, FinetuneConfig
+from LLMPruner.config import CommonConfig
 from LLMPruner.data.mixture import SELF, mixture
 from LLMPruner.data.training import TrainingText, training_text
 from LLMPruner.data.windows import bos_token
@@ -22,6 +22,7 @@ from LLMPruner.model.fit import streaming
 from LLMPruner.model.load import load_model, load_tokenizer
 from LLMPruner.model.source import ModelSource, find_model
 from LLMPruner.stages.journal import Journal, kept_windows, mark_of
+from LLMPruner.training_config import FinetuneConfig
 
 if TYPE_CHECKING:
     import torch

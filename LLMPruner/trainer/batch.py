@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from LLMPruner import parallel
-from LLMPruner.config import FinetuneConfig
 from LLMPruner.files import read_json_file, write_json
 from LLMPruner.memory import available_memory
 from LLMPruner.trainer.loss import Student
 from LLMPruner.trainer.trained import trainable
+from LLMPruner.training_config import FinetuneConfig
 
 logger = logging.getLogger("LLMPruner")
 

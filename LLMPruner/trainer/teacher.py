@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from LLMPruner import parallel
-from LLMPruner.config import DistillConfig
 from LLMPruner.files import write_atomically
 from LLMPruner.model.head import chunk_tokens
+from LLMPruner.training_config import DistillConfig
 
 if TYPE_CHECKING:
     from LLMPruner.model.forward import LayerRunner

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from LLMPruner.config import LoraConfig
 from LLMPruner.families.family import Family
 from LLMPruner.files import write_folder_atomically
+from LLMPruner.training_config import LoraConfig
 
 
 @contextmanager

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from LLMPruner.config import CommonConfig, FinetuneConfig
+from LLMPruner.config import CommonConfig
 from LLMPruner.data.mixture import Part, as_typed, check_mixture, mixture, windows_of
 from LLMPruner.errors import UsageError
+from LLMPruner.training_config import FinetuneConfig
 
 
 def of(*entries: str, samples: int = 1000, **settings) -> FinetuneConfig:
@@ -119,7 +120,8 @@ def test_the_checks_do_not_wait_for_torch(data_dir, tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
     code = f"""import sys
-from LLMPruner.config import CommonConfig, FinetuneConfig
+from LLMPruner.config import CommonConfig
+from LLMPruner.training_config import FinetuneConfig
 from LLMPruner.data.mixture import check_mixture
 check_mixture(FinetuneConfig(dataset=("wikitext2", {str(path)!r}, "self")), CommonConfig(data_dir={str(data_dir)!r}))
 import LLMPruner.data.training

@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import VOCAB, make_text, random_windows
 
-from LLMPruner.config import CommonConfig, FinetuneConfig
+from LLMPruner.config import CommonConfig
 from LLMPruner.data.chat import encoded_chats
 from LLMPruner.data.corpora import load_text
 from LLMPruner.data.training import HELD_OUT_WINDOWS, TrainingRows, TrainingText, packed, training_text
 from LLMPruner.data.windows import load_windows, training_windows
 from LLMPruner.errors import UsageError
+from LLMPruner.training_config import FinetuneConfig
 
 SEQ_LEN = 16
 TEMPLATE = (

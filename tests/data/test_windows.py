@@ -11,7 +11,7 @@ from conftest import random_windows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from LLMPruner.config import CommonConfig, EvalConfig, FinetuneConfig, PruneConfig
+from LLMPruner.config import CommonConfig, EvalConfig, PruneConfig
 from LLMPruner.data.windows import (
     PruneWindows,
     bos_token,
@@ -26,6 +26,7 @@ from LLMPruner.data.windows import (
     training_windows,
 )
 from LLMPruner.errors import UsageError
+from LLMPruner.training_config import FinetuneConfig
 
 
 class Characters:

@@ -21,7 +21,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from LLMPruner.config import LoraConfig
 from LLMPruner.families.family import Family
 from LLMPruner.families.llama import ATTENTION, FAMILIES, LLAMA, MISTRAL, MLP, QWEN2, QWEN3, family_of
 from LLMPruner.methods.apply import apply_plan
@@ -29,6 +28,7 @@ from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.size import count_parameters
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan, expected_shapes
 from LLMPruner.trainer.finetuner import adapters
+from LLMPruner.training_config import LoraConfig
 
 WINDOWS, CALIBRATION = random_windows(), random_windows(60, 16, seed=1)
 

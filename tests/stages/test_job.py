@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import half_pruned
 
-from LLMPruner.config import EXPORT_FORMATS, CommonConfig, EvalConfig, ExportConfig, FinetuneConfig, PruneConfig
+from LLMPruner.config import EXPORT_FORMATS, CommonConfig, EvalConfig, ExportConfig, PruneConfig
 from LLMPruner.errors import UsageError
 from LLMPruner.importance.budget import make_budget
 from LLMPruner.importance.layer_analyzer import LayerImportance
@@ -29,6 +29,7 @@ from LLMPruner.stages.job import (
     check_recover,
     search_key,
 )
+from LLMPruner.training_config import FinetuneConfig
 
 PRUNE = PruneConfig(prune_mlp=True, calibration_seq_len=64, layer_importance_seq_len=32)
 SEARCH = replace(PRUNE, pruning_strategy="search")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import half_pruned, random_windows, tiny_model
 
-from LLMPruner.config import CommonConfig, EvalConfig, ExportConfig, FinetuneConfig, LoraConfig
+from LLMPruner.config import CommonConfig, EvalConfig, ExportConfig
 from LLMPruner.data.training import training_text
 from LLMPruner.data.windows import evaluation_windows
 from LLMPruner.errors import UsageError
@@ -23,6 +23,7 @@ from LLMPruner.stages.job import RecoverJob
 from LLMPruner.stages.journal import Journal
 from LLMPruner.stages.recover import recover, train_and_save
 from LLMPruner.trainer.finetuner import finetune
+from LLMPruner.training_config import FinetuneConfig, LoraConfig
 
 SHORT = FinetuneConfig(lr=1e-2, samples=8, epochs=1, seq_len=32, batch_size=4, grad_accum=1, lora=LoraConfig(dropout=0.0))
 

@@ -10,7 +10,6 @@ import torch
 from conftest import half_pruned, plain_text
 from transformers import TrainerCallback
 
-from LLMPruner.config import DistillConfig, FinetuneConfig, LoraConfig
 from LLMPruner.data.windows import load_windows
 from LLMPruner.errors import RunError
 from LLMPruner.model.load import load_model
@@ -19,6 +18,7 @@ from LLMPruner.trainer import finetuner
 from LLMPruner.trainer.checkpoints import WHOLE, last_checkpoint
 from LLMPruner.trainer.finetuner import Places, finetune
 from LLMPruner.trainer.teacher import DrawnAnswers, draw_answers
+from LLMPruner.training_config import DistillConfig, FinetuneConfig, LoraConfig
 
 LORA = FinetuneConfig(lr=5e-3, samples=24, epochs=3, seq_len=32, batch_size=2, grad_accum=2, lora=LoraConfig(dropout=0.3))
 STEPS = 18
@@ -103,11 +103,11 @@ def test_the_best_state_is_kept(trained_dir, text, tmp_path):
 
 
 def test_a_loss_that_breaks_late_leaves_the_last_good_checkpoint(trained_dir, text, tmp_path, monkeypatch):
-    class Broken(finetuner._Trainer):
+    class Broken(finetuner.RecoveryTrainer):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs) * (float("nan") if self.state.global_step >= 9 else 1)
 
-    monkeypatch.setattr(finetuner, "_Trainer", Broken)
+    monkeypatch.setattr(finetuner, "RecoveryTrainer", Broken)
     with pytest.raises(RunError, match=r"became nan in step 10: use LoRA .*the last good state is kept in "):
         train(trained_dir, text, tmp_path, replace(LORA, check_steps=4))
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"

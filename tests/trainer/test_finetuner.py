@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import each_architecture, geometry_of, half_pruned, plain_text, random_plan, random_windows, tiny_model
 
-from LLMPruner.config import FinetuneConfig, LoraConfig
 from LLMPruner.data.windows import load_windows
 from LLMPruner.errors import RunError
 from LLMPruner.evaluator.ppl import perplexity
@@ -22,9 +21,10 @@ from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import LoadedModel, load_model, save_model
 from LLMPruner.model.source import find_model
-from LLMPruner.trainer import finetuner, progress, trained
+from LLMPruner.trainer import arguments, finetuner, progress, trained
 from LLMPruner.trainer.batch import Batch
 from LLMPruner.trainer.finetuner import finetune
+from LLMPruner.training_config import FinetuneConfig, LoraConfig
 
 LORA = FinetuneConfig(lr=1e-2, samples=48, epochs=2, seq_len=32, batch_size=4, grad_accum=2, lora=LoraConfig(dropout=0.0))
 FULL = replace(LORA, method="full", lr=2e-3)
@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_a_number_stops_with_advice_and_leaves_nothing(pruned
 def test_a_broken_gradient_of_the_very_last_step_stops_before_the_weights(pruned, windows, monkeypatch, max_grad_norm):
     backward_passes = []
 
-    class Broken(finetuner._Trainer):
+    class Broken(finetuner.RecoveryTrainer):
         def training_step(self, model, *args, **kwargs):
             loss = super().training_step(model, *args, **kwargs)
             backward_passes.append(loss)
@@ -218,7 +218,7 @@ def test_a_broken_gradient_of_the_very_last_step_stops_before_the_weights(pruned
                 next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
             return loss
 
-    monkeypatch.setattr(finetuner, "_Trainer", Broken)
+    monkeypatch.setattr(finetuner, "RecoveryTrainer", Broken)
     with pytest.raises(RunError, match="(gradient norm|training loss) became (inf|nan) in step 2"):
         tune(pruned, replace(SHORT, method="full", max_grad_norm=max_grad_norm), windows("train", 8), seed=0)
     assert all(torch.isfinite(value).all() for value in pruned.model.parameters())
@@ -250,7 +250,7 @@ def test_progress_is_plain_lines_that_name_first_and_last_step(pruned, windows, 
 
 def arguments_of(config, count=1000, at_once=1, model=None, seed=0):
     batch = Batch(at_once, recompute=False)
-    return finetuner._arguments(config, config.steps(count), batch, Path("unused"), model or tiny_model(), seed)
+    return arguments.arguments(config, config.steps(count), batch, Path("unused"), model or tiny_model(), seed)
 
 
 def test_warm_up_is_as_asked_and_by_default_at_most_a_tenth_of_the_steps():
@@ -266,7 +266,7 @@ def test_every_setting_reaches_the_trainer_and_peft():
         lr=3e-4, epochs=5, batch_size=6, grad_accum=7, max_grad_norm=0.5, warmup_steps=1, weight_decay=0.03, lora=lora
     )
     values = arguments_of(config, at_once=14, seed=11)
-    made = finetuner._training_arguments(values, torch.device("cpu"))
+    made = arguments.training_arguments(values, torch.device("cpu"))
     assert (made.learning_rate, made.num_train_epochs, made.per_device_train_batch_size) == (3e-4, 5, 14)
     assert (made.gradient_accumulation_steps, made.max_grad_norm, made.weight_decay) == (3, 0.5, 0.03)
     assert (made.seed, made.data_seed, made.warmup_steps) == (11, 11, 1)
@@ -299,13 +299,13 @@ def test_autocast_only_where_it_makes_sense(monkeypatch, device, precision, nati
 @pytest.mark.parametrize(("place", "wanted"), [("cuda:1", "cuda:1"), ("cuda:0", "cpu"), ("cuda", "cpu"), ("cpu", "cpu")])
 def test_training_stays_on_the_gpu_that_has_the_model(tmp_path, monkeypatch, place, wanted):
     """By itself the Trainer takes the first GPU, which is a CPU here."""
-    made = finetuner._training_arguments(arguments_of(LORA) | {"output_dir": str(tmp_path)}, torch.device("cpu"))
+    made = arguments.training_arguments(arguments_of(LORA) | {"output_dir": str(tmp_path)}, torch.device("cpu"))
     monkeypatch.setattr(made.distributed_state, "device", made.distributed_state.device)  # shared by all: put back afterwards
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     made._n_gpu = 4
-    monkeypatch.setattr(finetuner, "TrainingArguments", lambda **_: made)
-    finetuner._training_arguments({}, torch.device(place))
+    monkeypatch.setattr(arguments, "TrainingArguments", lambda **_: made)
+    arguments.training_arguments({}, torch.device(place))
     assert made.n_gpu == 1 and made.device == made.distributed_state.device == torch.device(wanted)
     assert chosen == ([torch.device(place)] if wanted != "cpu" else [])
 
