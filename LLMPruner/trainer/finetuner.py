@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from LLMPruner import parallel
 from LLMPruner.model.load import LoadedModel
 from LLMPruner.model.rates import measure_rates
 from LLMPruner.trainer.arguments import arguments, autocast_dtype, checks, training_arguments
-from LLMPruner.trainer.batch import choose_batch
+from LLMPruner.trainer.batch import Batch, choose_batch
 from LLMPruner.trainer.checkpoints import MarkWhole, last_checkpoint
 from LLMPruner.trainer.loop import RecoveryTrainer, Rows, collate
 from LLMPruner.trainer.loss import Student
@@ -62,18 +62,15 @@ def finetune(
     """
     model = loaded.model
     with ExitStack() as stack:
-        if config.method == "lora":
-            weights = adapters(model, loaded.plan.geometry.table, config.lora, seed)
-        else:
-            weights = float32_weights(model)
-        trained = stack.enter_context(weights)
+        trained = stack.enter_context(_weights(loaded, config, seed))
         folder = places.checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         student = Student(model, config.distill, teacher)
         count = sum(parameter.numel() for parameter in trainable(student).values())
         logger.info("training %s parameters of %s", f"{count:,}", f"{loaded.plan.total_params:,} in the model")
         last = last_checkpoint(folder)
-        trainer = _trainer(student, config, text, answers, folder, seed=seed, resumed=last is not None)
-        stack.enter_context(training_settings(model, recompute=trainer.recompute))
+        batch = choose_batch(student, config, text.rows.windows, folder, autocast_dtype(model))
+        stack.enter_context(training_settings(model, recompute=batch.recompute))
+        trainer = _trainer(student, config, text, answers, folder, batch, seed=seed, resumed=last is not None)
         _report(trainer, config, places, text.rows.windows.shape[1])
         if last is not None:
             logger.info("going on from %s", last)
@@ -83,6 +80,12 @@ def finetune(
         if places.adapter is not None and parallel.main():
             save_adapter(trained, places.adapter, places.base)
     return _record(config, trainer, count)
+
+
+def _weights(loaded: LoadedModel, config: FinetuneConfig, seed: int) -> AbstractContextManager[torch.nn.Module]:
+    if config.method == "lora":
+        return adapters(loaded.model, loaded.plan.geometry.table, config.lora, seed)
+    return float32_weights(loaded.model)
 
 
 def _warn_of_no_gain(trainer: Trainer) -> None:
@@ -118,17 +121,17 @@ def _trainer(
     text: TrainingText,
     answers: DrawnAnswers | None,
     folder: Path,
+    batch: Batch,
     *,
     seed: int,
     resumed: bool,
 ) -> RecoveryTrainer:
-    """A Trainer whose batches fit the memory, and whose checks measure every held-out part."""
+    """A Trainer whose checks measure every held-out part."""
     windows, model = text.rows.windows, student.model
     held_out, offset = {}, len(windows)
     for name, rows in text.held_out.items():
         held_out[name] = Rows(rows, answers, offset)
         offset += len(rows.windows)
-    batch = choose_batch(student, config, windows, folder, autocast_dtype(model))
     steps = config.steps(-(-len(windows) // parallel.count()))
     values = arguments(config, steps, batch, folder, model, seed) | checks(text, resumed=resumed)
     trainer = RecoveryTrainer(
@@ -138,7 +141,7 @@ def _trainer(
         eval_dataset=held_out or None,
         data_collator=collate,
     )
-    trainer.weights, trainer.recompute = text.weights, batch.recompute
+    trainer.weights = text.weights
     return trainer
 
 

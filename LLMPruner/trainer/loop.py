@@ -46,7 +46,6 @@ class RecoveryTrainer(Trainer):
     """Losses summed over a step's tokens, however many are computed at once; checks of each part; our checkpoints."""
 
     weights: Mapping[str, float]  # of the held-out parts in the loss that decides
-    recompute: bool  # activations are computed anew on the way back
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
