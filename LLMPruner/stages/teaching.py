@@ -153,7 +153,9 @@ def caches(journal: Journal, teacher: ModelSource, config: FinetuneConfig, commo
 
 
 def check_packages(config: FinetuneConfig, common: CommonConfig) -> None:
-    """Raise UsageError where a setting needs a package that is not here."""
+    """Raise UsageError where a setting or the launcher needs what is not here."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # the launcher's own word
+        raise UsageError("a model split over devices (FSDP) is not trained here: launch with --multi_gpu, each with all of it")
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UsageError(f"{config.prefix}report_to tensorboard needs a package: pip install tensorboard")
     if config.optimizer == "adamw_8bit":
@@ -169,8 +171,6 @@ def check_memory(params: int, config: FinetuneConfig, common: CommonConfig) -> N
         return
     device = resolve_device(common.device)
     needed, free = params * FULL_BYTES[config.optimizer], available_memory(str(device))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # the launcher's own word: each process holds a part
-        needed //= parallel.count()
     what = (
         f"full fine-tuning of {params / 1e9:.2f} billion parameters takes {needed / 1e9:.1f} GB "
         "for weights, gradients and the optimizer's moments"

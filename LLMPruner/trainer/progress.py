@@ -86,7 +86,6 @@ class Watch(TrainerCallback):
             return
         step = state.global_step + 1
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded
         if self.broken is None:
             self.broken = torch.zeros((), dtype=torch.int64, device=norm.device)
         self.broken = torch.where((self.broken == 0) & ~torch.isfinite(norm), step, self.broken)

@@ -1,0 +1,114 @@
+"""A campaign from dense to recovered, in one command that can be killed and repeated: prune, recover in several ways, compare.
+
+    python benchmarks/recover.py --output DIR [--base_model PATH] [--data_dir DIR] [--samples 200] [--ways lora lora_taught]
+
+Every way sees as many tokens: LoRA on the text alone (the document's way), LoRA and full fine-tuning with the dense model as
+teacher on that text and on text that it writes itself. Repeated with the same --output, only what is missing is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script of the repository, not of an installed package
+
+from LLMPruner import cli
+from LLMPruner.config import require_at_least
+from LLMPruner.data.corpora import check_corpus
+from LLMPruner.errors import RunError
+from LLMPruner.files import check_output_folder, read_json_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TAUGHT = ["--distill", "--dataset", "{corpus}:0.5", "self:0.5"]
+WAYS = {  # flags of test_finetuning.py
+    "lora": ["--use_lora", "--dataset", "{corpus}"],
+    "lora_taught": ["--use_lora", *TAUGHT],
+    "full_taught": ["--lr", "1e-4", *TAUGHT],
+}
+PRUNED = Path("prune_log/pruned")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, checked; exits with 2 where they are wrong."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--output", required=True, metavar="DIR", help="where prune_log and results.json go")
+    parser.add_argument("--base_model", default="embedded", help="the dense model")
+    parser.add_argument("--data_dir", help="folder with local corpora")
+    parser.add_argument("--pruning_ratio", type=float, default=0.25, help="fraction of the parameters to remove")
+    parser.add_argument("--preset", default=None, help="preset of the pruning; default: none")
+    parser.add_argument("--corpus", default="wikitext2", help="text to calibrate and to train on")
+    parser.add_argument("--eval_datasets", nargs="+", default=["wikitext2"], help="text to report on")
+    parser.add_argument("--eval_samples", type=int, default=0, help="windows of it; 0: all")
+    parser.add_argument("--samples", type=int, default=200, help="training windows")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over them")
+    parser.add_argument("--seq_len", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to recover")
+    parser.add_argument("--seed", type=int, default=42, help="seed of every random choice")
+    parser.add_argument("--device", default="auto", help="where to compute")
+    return parser.parse_args(argv)
+
+
+def once(args: argparse.Namespace, folder: Path, journal: str, script: str, *flags: str) -> None:
+    """Run a script unless its journal below `folder` says that it is finished; go on where it stopped. Raises RunError."""
+    place = Path(args.output, folder, journal)
+    if place.is_file():
+        if "finished" in read_json_file(place, str(place))["done"]:
+            return
+        flags = (*flags, "--resume")
+    shared = ["--seed", str(args.seed), "--device", args.device]
+    shared += [] if args.data_dir is None else ["--data_dir", str(Path(args.data_dir).resolve())]
+    call(args, script, *flags, *shared)
+
+
+def call(args: argparse.Namespace, script: str, *flags: str) -> None:
+    """Run a script of the suite in the output folder. Raises RunError where it fails."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=args.output, check=False)
+    if done.returncode:
+        raise RunError(f"{script} ended with {done.returncode}: repeat the same command to go on")
+
+
+def recipe(argv: Sequence[str]) -> None:
+    """Prune, recover, compare, print."""
+    args = parse(argv)
+    output = check_output_folder(args.output, "--output")
+    require_at_least("--samples", args.samples, 1)
+    for corpus in {args.corpus, *args.eval_datasets}:
+        check_corpus(corpus, args.data_dir, "train" if corpus == args.corpus else "test", args.seq_len)
+    output.mkdir(parents=True, exist_ok=True)
+    prune = ["--base_model", args.base_model, "--save_ckpt_log_name", PRUNED.name, "--prune_mlp", "--save_model"]
+    prune += ["--pruning_ratio", str(args.pruning_ratio), "--calibration_dataset", args.corpus]
+    prune += [] if args.preset is None else ["--preset", args.preset]
+    once(args, PRUNED, "journal.json", "llama3_unbalanced_pruning_gqa_aware.py", *prune)
+    models = [f"dense={args.base_model}", f"pruned={PRUNED / 'pytorch_model.bin'}"]
+    for way in args.ways:
+        flags = [flag.format(corpus=args.corpus) for flag in WAYS[way]]
+        flags += ["--model_path", str(PRUNED / "pytorch_model.bin"), "--save_name", way, "--samples", str(args.samples)]
+        flags += ["--epochs", str(args.epochs), "--seq_len", str(args.seq_len)]
+        once(args, PRUNED.parent / way, "journal_finetune.json", "test_finetuning.py", *flags)
+        models.append(f"{way}={PRUNED.parent / way / 'pytorch_model_finetuned.bin'}")
+    compare = ["--models", *models, "--seq_len", str(args.seq_len), "--eval_datasets", *args.eval_datasets]
+    compare += ["--eval_samples", str(args.eval_samples), "--save_results", "results.json", "--table_lang", "en"]
+    compare += ["--resume"] if (output / "results.json").is_file() else []
+    compare += [] if args.data_dir is None else ["--data_dir", str(Path(args.data_dir).resolve())]
+    call(args, "evaluate_models.py", *compare, "--device", args.device)
+    print(json.dumps({way: seconds(args, way) for way in args.ways}))
+
+
+def seconds(args: argparse.Namespace, way: str) -> float:
+    """Of a way's training, as its metrics say."""
+    stages = read_json_file(Path(args.output, PRUNED.parent, way, "metrics.json"), way)["stages"]
+    return sum(stage["seconds"] for stage in stages if stage["stage"] in ("teach", "train"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run_script(recipe, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
