@@ -16,6 +16,7 @@ from LLMPruner.data.windows import (
     PruneWindows,
     bos_token,
     evaluation_windows,
+    fingerprint,
     held_out_tokens,
     interleaved,
     load_windows,
@@ -341,3 +342,14 @@ def test_a_copy_of_wikitext_without_its_empty_rows_is_warned_of_where_it_is_read
 def test_a_text_format_that_does_not_exist_is_refused():
     with pytest.raises(UsageError, match="--text_format must be clean or raw, got papers"):
         CommonConfig(text_format="papers")
+
+
+def test_strided_windows_overlap_and_cover_the_text_in_order(tokenizer, data_dir):
+    ids = token_ids(tokenizer, "ptb", "test", str(data_dir))
+    windows = load_windows(tokenizer, "ptb", "test", seq_len=32, stride=8, data_dir=str(data_dir))
+    assert len(windows) == (len(ids) - 32) // 8 + 1 and windows[0].equal(ids[:32])
+    assert all(row.equal(ids[8 * place : 8 * place + 32]) for place, row in enumerate(windows))
+    side_by_side = load_windows(tokenizer, "ptb", "test", seq_len=32, data_dir=str(data_dir))
+    assert windows[::4].equal(side_by_side) and fingerprint(windows) != fingerprint(side_by_side)
+    some = load_windows(tokenizer, "ptb", "test", seq_len=32, stride=8, samples=5, data_dir=str(data_dir))
+    assert some[0].equal(windows[0]) and some[-1].equal(windows[-1]) and len(some) == 5
