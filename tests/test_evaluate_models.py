@@ -111,7 +111,7 @@ def test_a_model_that_is_broken_shows_as_nan_and_null(command, trained_dir, toke
 def test_another_tokenizer_is_refused_before_weights_are_read(command, trained_dir, capsys, monkeypatch, vocab, text):
     save_with_tokenizer("other", vocab, text)
     capsys.readouterr()  # transformers' progress bar
-    monkeypatch.setattr("LLMPruner.evaluator.compare.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("LLMPruner.model.load.load_model", lambda *_, **__: pytest.fail("weights were read"))
     assert command(f"--original_model={trained_dir}", "--pruned_model=other", "--save_results=r.json") == 2
     error = capsys.readouterr().err
     assert "--pruned_model" in error and "compared" in error and error.count("\n") == 1

@@ -86,10 +86,10 @@ def overview(records: Iterable[Record], names: Sequence[str], baseline: str, lan
             columns += _ppl_columns(name, rows, baseline, lang)
     columns += _task_columns({place[1:]: rows for place, rows in measured.items() if place[0] == "task"}, baseline, lang)
     for (kind, _, metric), rows in measured.items():
-        if kind == "efficiency":
+        if kind == "efficiency" and metric != "parameters":
             values = {model: record["value"] for model, record in rows.items()}
             form = "{:,.0f}" if max(map(abs, values.values())) >= 1000 else "{:.4g}"
-            columns.append(Column("efficiency", metric, metric, form, values))
+            columns.append(Column("efficiency", metric.replace("_", " "), metric, form, values))
     return Overview(list(names), baseline, columns)
 
 
@@ -142,7 +142,8 @@ def _percent(column: Column, section: str, floor: float, baseline: str) -> list[
         return []
     values = {model: 100 * (value - floor) / whole for model, value in column.values.items()}
     words = {"kept": "% of baseline", "above": "% of baseline above chance"}[section]
-    return [Column(section, column.title, f"{column.key} {words}", "{:.1f}", values)]
+    title = column.title.partition(" (")[0]  # the metric stands over the points
+    return [Column(section, title, f"{column.key} {words}", "{:.1f}", values)]
 
 
 def _cell(column: Column, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,6 +102,8 @@ def check_plot(path: str) -> None:
     """Raise UsageError unless a picture can be written at `path`."""
     if Path(path).suffix.lower() not in PLOT_SUFFIXES:
         raise UsageError(f"--plot {path} must end in {', '.join(PLOT_SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install matplotlib")
     check_output_file(path, "--plot")
 
 
@@ -112,7 +115,7 @@ def plot_overview(path: Path, table: Overview, lang: str = "en") -> None:
     from matplotlib import rc_context
 
     lang, names, fonts = _readable(table, lang)
-    with rc_context({"font.family": fonts, "font.size": 9, "pdf.fonttype": 42, "svg.fonttype": "none"}):
+    with rc_context({"font.family": fonts, "font.size": 9, "pdf.fonttype": 42}):
         figure = _overview_figure(table, WORDS[lang], names)
         kind = path.suffix.lower().removeprefix(".")
         write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=200))
@@ -176,7 +179,7 @@ def _overview_figure(table: Overview, words: Mapping[str, str], names: Mapping[s
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     marks = [Line2D([], [], linestyle="", label=names[name], **_mark(place)) for place, name in enumerate(table.names)]
-    figure.legend(handles=marks, loc="outside lower center", ncols=min(4, len(marks)), frameon=False)
+    figure.legend(handles=marks, loc="outside lower center", ncols=min(5, len(marks)), frameon=False)
     return figure
 
 
@@ -220,6 +223,7 @@ def _over_size(
     scale: float = 1.0,
 ) -> Panel:
     """A panel of one number of all models over their parameters; a logarithmic axis where `steep` ones differ tenfold."""
+    from matplotlib.ticker import LogLocator
 
     def draw(axes: Any) -> None:
         unit = _size_axis(axes, sizes, words)
@@ -231,6 +235,9 @@ def _over_size(
                 axes.plot(sizes.values[name] / unit, value, linestyle="", **_mark(place))
         if steep and shown and min(shown) > 0 and max(shown) > 10 * min(shown):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
         _title(axes, title)
 

@@ -12,9 +12,10 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -62,11 +63,11 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task (or group of tasks) with its examples: `item` as lm_eval takes it, `leaves` the tasks that it consists of."""
+    """A task with its examples, or the tasks of a group and the groups that put their metrics together."""
 
     name: str
-    item: Any
     leaves: tuple[Any, ...]
+    groups: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprint(self, config: TaskConfig) -> str:
         """A hash of what is asked: the examples, those that may stand in the prompt, and the words around them."""
@@ -155,8 +156,7 @@ def load_tasks(config: TaskConfig) -> list[LoadedTask]:
         try:
             with _quiet():
                 loaded = manager.load([str(existing_path(name, "--tasks"))] if _is_path(name) else [name])
-            items = [loaded["groups"][name]] if name in loaded.get("groups", {}) else list(loaded["tasks"].values())
-            parts = [LoadedTask(*_named(item)) for item in items]
+            parts = _parts(name, tuple(loaded["tasks"].values()), loaded.get("groups", {}))
         except Exception as error:  # yaml, datasets, the hub and tasks' own code raise kinds of their own
             raise UsageError(f"--tasks {name} cannot be loaded: {type(error).__name__}: {one_line(error)[:200]}") from error
         for part in parts:
@@ -176,29 +176,19 @@ def _check_asked(task: LoadedTask) -> None:
             raise UsageError(f"--tasks {task.name}: {leaf.task_name} runs code or shows pictures, which is not done here")
 
 
-def _named(item: Any) -> tuple[str, Any, tuple[Any, ...]]:
-    """The name of a task or group of lm_eval, itself, and its tasks."""
-    leaves = tuple(item.get_all_tasks()) if hasattr(item, "get_all_tasks") else (item,)
-    return item.name if hasattr(item, "get_all_tasks") else item.task_name, item, leaves
+def _parts(name: str, leaves: tuple[Any, ...], groups: Mapping[str, Any]) -> list[LoadedTask]:
+    """A group as one, the tasks of a tag or a file each by itself."""
+    return [LoadedTask(name, leaves, groups)] if groups else [LoadedTask(leaf.task_name, (leaf,)) for leaf in leaves]
 
 
 def measure_task(loaded: LoadedModel, task: LoadedTask, config: TaskConfig, label: str) -> list[Figure]:
     """All metrics of a task, logged one line each."""
-    import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     with _quiet():
-        # lm_eval gives the tokenizer a padding token: a copy
-        tokenizer = copy.deepcopy(loaded.tokenizer)
+        tokenizer = copy.deepcopy(loaded.tokenizer)  # to which lm_eval gives a padding token
         model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=config.task_batch_size)
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=[task.item],
-            num_fewshot=config.num_fewshot,
-            limit=config.limit,
-            apply_chat_template=config.apply_chat_template,
-            log_samples=False,
-        )
+        found = _asked(model, task, config)
     figures = figures_of(found, task, task.chance(config))
     for figure in figures:
         error = "" if figure.stderr is None else f" (stderr {figure.stderr:.4f})"
@@ -207,6 +197,34 @@ def measure_task(loaded: LoadedModel, task: LoadedTask, config: TaskConfig, labe
         if config.num_fewshot not in (None, shots):
             logger.warning("task %s fixes its examples in the prompt: %s, whatever --num_fewshot says", task.name, shots)
     return figures
+
+
+def _asked(model: Any, task: LoadedTask, config: TaskConfig) -> Mapping[str, Any]:
+    """What lm_eval finds, seeded and asked as by its command line.
+
+    Not through its `simple_evaluate`, which after every call looks for 10 seconds at what is installed.
+    """
+    import numpy
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    numpy.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    for leaf in task.leaves:
+        own = leaf.get_config("num_fewshot")
+        if own != 0:  # a task that says 0 means it
+            leaf.set_config(key="num_fewshot", value=(own or 0) if config.num_fewshot is None else config.num_fewshot)
+        leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return evaluate(
+        lm=model,
+        task_dict={"tasks": {leaf.task_name: leaf for leaf in task.leaves}, "groups": dict(task.groups)},
+        limit=config.limit,
+        apply_chat_template=config.apply_chat_template,
+        fewshot_as_multiturn=config.apply_chat_template,
+        log_samples=False,
+    )
 
 
 def figures_of(found: Mapping[str, Any], task: LoadedTask, chance: float | None) -> list[Figure]:
