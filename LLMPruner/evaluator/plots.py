@@ -6,6 +6,8 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -114,29 +116,41 @@ def plot_overview(path: Path, table: Overview, lang: str = "en") -> None:
     """
     from matplotlib import rc_context
 
-    lang, names, fonts = _readable(table, lang)
+    table, lang, fonts = _readable(table, lang)
     with rc_context({"font.family": fonts, "font.size": 9, "pdf.fonttype": 42}):
-        figure = _overview_figure(table, WORDS[lang], names)
+        figure = _overview_figure(table, WORDS[lang])
         kind = path.suffix.lower().removeprefix(".")
         write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=200))
 
 
-def _readable(table: Overview, lang: str) -> tuple[str, dict[str, str], list[str]]:
-    """Language, names and fonts of a picture without a character that would be a box."""
-    said = "".join(WORDS[lang].values())
-    fonts = _fonts(said)
-    if fonts is None:
+def _readable(table: Overview, lang: str) -> tuple[Overview, str, list[str]]:
+    """The table, its language and the fonts, without a character that would be a box.
+
+    A model whose name no font has is called by its number, a title loses what is not to be had.
+    """
+    fonts: list[str] = []
+    if not _take(fonts, "".join(WORDS[lang].values())):
         logger.warning("--plot: no installed font has the characters of --table_lang %s, the labels are English", lang)
         lang, fonts = "en", ["DejaVu Sans"]
-    names = {}
+    said, columns = {}, []
     for place, name in enumerate(table.names, start=1):
-        more = _fonts(name)
-        fonts += [font for font in more or () if font not in fonts]
-        names[name] = name if more else WORDS[lang]["model"].format(place=place)
-    return lang, names, fonts
+        said[name] = name if _take(fonts, name) else WORDS[lang]["model"].format(place=place)
+    for column in table.columns:
+        title = "".join(char if _take(fonts, char) else "?" for char in column.title)
+        values, errors = ({said[name]: number for name, number in part.items()} for part in (column.values, column.errors))
+        columns.append(replace(column, title=title, values=values, errors=errors))
+    return Overview(list(said.values()), said[table.baseline], columns), lang, fonts
 
 
-def _fonts(text: str) -> list[str] | None:
+def _take(fonts: list[str], text: str) -> bool:
+    """Whether a text can be read, with one more font where that is needed."""
+    more = _fonts(text)
+    fonts += [font for font in more or () if font not in fonts]
+    return more is not None
+
+
+@lru_cache(maxsize=256)
+def _fonts(text: str) -> tuple[str, ...] | None:
     """Families that have all characters of a text between them: matplotlib's own, and another one where needed."""
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
@@ -144,7 +158,7 @@ def _fonts(text: str) -> list[str] | None:
     own = FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
     needed = {ord(char) for char in text} - own.keys()
     if not needed:
-        return ["DejaVu Sans"]
+        return ("DejaVu Sans",)
     known = {name: place for place, name in enumerate(CHINESE)}
     for entry in sorted(font_manager.fontManager.ttflist, key=lambda font: known.get(font.name, len(known))):
         if entry.name.startswith("Last Resort"):  # its glyphs are the boxes
@@ -154,14 +168,14 @@ def _fonts(text: str) -> list[str] | None:
         except (OSError, RuntimeError):  # listed, and gone or broken
             continue
         if needed <= found.keys():
-            return ["DejaVu Sans", entry.name]
+            return "DejaVu Sans", entry.name
     return None
 
 
 Panel = Callable[[Any], None]
 
 
-def _overview_figure(table: Overview, words: Mapping[str, str], names: Mapping[str, str]) -> Any:
+def _overview_figure(table: Overview, words: Mapping[str, str]) -> Any:
     """Panels in rows of two, the bars over both columns, one legend of all models below."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -178,7 +192,7 @@ def _overview_figure(table: Overview, words: Mapping[str, str], names: Mapping[s
         _task_bars(figure.add_subplot(grid[rows - 1, :]), tasks, table.names, words["tasks"])
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    marks = [Line2D([], [], linestyle="", label=names[name], **_mark(place)) for place, name in enumerate(table.names)]
+    marks = [Line2D([], [], linestyle="", label=name, **_mark(place)) for place, name in enumerate(table.names)]
     figure.legend(handles=marks, loc="outside lower center", ncols=min(5, len(marks)), frameon=False)
     return figure
 

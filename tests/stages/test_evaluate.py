@@ -154,15 +154,17 @@ def test_a_model_that_was_written_anew_is_measured_anew(job, trained_dir, tmp_pa
     job = replace(job, ppl=replace(TWO, datasets=("ptb",)), results=tmp_path / "r.json", resume=True)
     values = []
     for change in ("", "weights", "config", "time"):
-        if change == "config":
-            model.config.rope_parameters["rope_theta"] = 5e3
-        elif change == "weights":
+        if change == "weights":
             model.model.layers[2].mlp.up_proj.weight.data *= 0.9
-        if change == "time":
-            os.utime(folder / "model.safetensors", (1, 1))
-        else:
+        if change in ("", "weights"):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        elif change == "config":
+            config = json.loads((folder / "config.json").read_text())
+            config["rope_parameters"]["rope_theta"] = 5e3
+            (folder / "config.json").write_text(json.dumps(config))
+        else:
+            os.utime(folder / "model.safetensors", (1, 1))
         records = evaluate(replace(job, sources=find_models({}, [f"it={folder}"]))).records
         values.append(records[0]["value"])
     assert len(measured) == 4 and len(set(values[:3])) == 3 and values[3] == values[2]
