@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -12,10 +13,14 @@ import numpy
 import pytest
 import torch
 from conftest import make_text
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
+from LLMPruner.config import ExportConfig
 from LLMPruner.export.gguf import write_gguf
+from LLMPruner.export.writer import write_exports
 from LLMPruner.model.forward import LayerRunner
-from LLMPruner.model.load import load_model, save_model
+from LLMPruner.model.load import LoadedModel, load_model, save_model
 from LLMPruner.model.source import find_model
 from tests.consumers.exports import export, python_of, qwen2, qwen3, reference, smollm2, tiny
 
@@ -200,7 +205,12 @@ def best_choice(loaded, query: str, choices: list[str]) -> int:
 
 @pytest.mark.parametrize("shots", [0, 2])
 def test_our_tasks_give_the_figures_of_lm_eval_on_the_export_to_the_last_digit(tiny, tmp_path, shots):
-    """Also the Brier score, which depends on every digit of every likelihood."""
+    """Also the Brier score, which depends on every digit of every likelihood; prompts begin with BOS, as the tokenizer says."""
+    adding = copy.deepcopy(tiny.loaded.tokenizer.backend_tokenizer)
+    adding.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=adding, bos_token="<s>", eos_token="</s>")
+    loaded = LoadedModel(tiny.loaded.model, tokenizer, tiny.loaded.plan, {"parameters": tiny.loaded.plan.total_params})
+    write_exports(loaded, ExportConfig(("hf",)), tmp_path, {})
     words = make_text(200, seed=5).split()
     rows = []
     for place in range(0, 600, 10):
@@ -214,10 +224,10 @@ def test_our_tasks_give_the_figures_of_lm_eval_on_the_export_to_the_last_digit(t
         "doc_to_target: gold\ndoc_to_choice: choices\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
         "  - metric: brier_score\n    aggregation: brier_score\n    higher_is_better: false\nmetadata:\n  version: 1.5\n"
     )
-    save_model(tmp_path / "model.bin", tiny.loaded)
+    save_model(tmp_path / "model.bin", loaded)
     asked = ["--tasks", tmp_path / "little.yaml", "--num_fewshot", shots, "--limit", 50]
     arguments = ["--model", "hf", *asked, "--device", "cpu", "--batch_size", "8", "--output_path", tmp_path / "theirs"]
-    model = f"pretrained={tiny.folder / 'hf'},dtype=float32,trust_remote_code=True"
+    model = f"pretrained={tmp_path / 'hf'},dtype=float32,trust_remote_code=True"
     run(python_of("lm-eval"), "-m", "lm_eval", *arguments, "--model_args", model, cwd=tmp_path)
     (file,) = (tmp_path / "theirs").rglob("results_*.json")
     theirs = json.loads(file.read_text())
@@ -233,7 +243,7 @@ def test_our_tasks_give_the_figures_of_lm_eval_on_the_export_to_the_last_digit(t
         "--format",
         "csv",
     ]
-    models = ["--models", f"bin={tmp_path / 'model.bin'}", f"export={tiny.folder / 'hf'}"]
+    models = ["--models", f"bin={tmp_path / 'model.bin'}", f"export={tmp_path / 'hf'}"]
     script = HERE.parent.parent / "evaluate_models.py"
     again = [run(python_of("lm-eval"), script, *models, *flags, *more, cwd=tmp_path) for more in ([], ["--resume"])]
     records = json.loads((tmp_path / "r.json").read_text())["records"]
