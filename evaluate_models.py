@@ -1,20 +1,23 @@
-"""Compare dense, pruned and fine-tuned models by perplexity over the same windows."""
+"""Compare any number of models by perplexity over the same windows, by tasks of lm-evaluation-harness, and by speed."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from LLMPruner import cli, parallel
 from LLMPruner.config import EfficiencyConfig, EvalConfig, require_at_least
-from LLMPruner.data.corpora import check_corpus
-from LLMPruner.errors import UsageError
+from LLMPruner.evaluator.overview import FORMATS
+from LLMPruner.evaluator.plots import PLOT_SUFFIXES, check_plot
 from LLMPruner.evaluator.table import LANGUAGES, ROLES
-from LLMPruner.files import check_output_file, write_json
-from LLMPruner.model.source import ModelSource, check_seq_len, find_model
+from LLMPruner.evaluator.tasks import TaskConfig
 from LLMPruner.run import start_logging, stop_logging
+from LLMPruner.stages.evaluate import EvaluationJob, check, draw, evaluate, find_models, report
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,9 +26,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--original_model", help="the dense model: Hugging Face directory, hub id, .gguf file, or 'embedded'")
     parser.add_argument("--pruned_model", help="the pruned model: pytorch_model.bin, or an exported directory")
     parser.add_argument("--finetuned_model", help="the fine-tuned model: pytorch_model_finetuned.bin, or an export")
+    parser.add_argument(
+        "--models", nargs="+", action="extend", default=[], metavar="NAME=PATH", help="more models, each under a name"
+    )
+    parser.add_argument("--baseline", metavar="NAME", help="the others are compared to it; default: original, else the first")
     parser.add_argument("--seq_len", type=int, default=EvalConfig().seq_len, help="tokens of an evaluation window")
-    parser.add_argument("--save_results", metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--table_lang", choices=sorted(LANGUAGES), default="zh", help="language of the table")
+    parser.add_argument("--stride", type=int, help="tokens from window to window: only that many at each end count")
+    parser.add_argument("--ppl", action=cli.Switch, default=True, help="measure perplexity")
+    parser.add_argument("--save_results", metavar="FILE", help="write the results as JSON, after every measurement")
+    parser.add_argument("--resume", action="store_true", help="measure only what the file of --save_results has not")
+    parser.add_argument("--table_lang", choices=sorted(LANGUAGES), default="zh", help="language of tables and pictures")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="of the table; but for text the log goes to stderr")
+    parser.add_argument("--plot", metavar="FILE", help=f"draw the results, as {', '.join(PLOT_SUFFIXES)}")
+    cli.add_settings(parser, TaskConfig, "tasks")
     parser.add_argument("--efficiency", action="store_true", help="also measure size, FLOPs, KV cache, speed and memory")
     cli.add_settings(parser, EfficiencyConfig, "efficiency", prefix="efficiency_")
     cli.add_eval_flags(parser, seq_len=False)
@@ -33,47 +46,43 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def efficiency_config(args: argparse.Namespace, sources: Mapping[str, ModelSource]) -> EfficiencyConfig:
-    """How speed is to be measured. Raises UsageError where the tokens do not fit a model's positions."""
-    config = EfficiencyConfig(**cli.settings_of(EfficiencyConfig, args, "efficiency_"))
-    for source in sources.values():
-        check_seq_len(source, "--efficiency_prompt_tokens", config.prompt_tokens)
-        check_seq_len(
-            source, "--efficiency_new_tokens (and what is in the cache before)", config.decode_context + config.new_tokens
-        )
-    return config
+def job_of(args: argparse.Namespace, argv: Sequence[str]) -> EvaluationJob:
+    """What the flags ask for, its settings checked and its models found."""
+    require_at_least("--seq_len", args.seq_len, 2)  # EvalConfig would call it --eval_seq_len
+    ppl = replace(cli.eval_config(args, args.seq_len), stride=args.stride)
+    tasks = TaskConfig(**cli.settings_of(TaskConfig, args) | {"tasks": tuple(args.tasks)})
+    efficiency = EfficiencyConfig(**cli.settings_of(EfficiencyConfig, args, "efficiency_"))
+    roles = {role: getattr(args, f"{role}_model") for role in ROLES if getattr(args, f"{role}_model") is not None}
+    return EvaluationJob(
+        find_models(roles, args.models),
+        ppl=ppl if args.ppl else None,
+        tasks=tasks if args.tasks else None,
+        efficiency=efficiency if args.efficiency else None,
+        common=cli.common_config(args),
+        baseline=args.baseline,
+        results=None if args.save_results is None else Path(args.save_results).expanduser(),
+        resume=args.resume,
+        command=shlex.join(["python", "evaluate_models.py", *argv]),
+    )
 
 
 def recipe(argv: Sequence[str]) -> None:
-    """Parse, check, measure, print."""
+    """Parse, check, measure, print, draw."""
     args = build_parser().parse_args(argv)
-    require_at_least("--seq_len", args.seq_len, 2)  # EvalConfig would call it --eval_seq_len
-    evaluation, common = cli.eval_config(args, args.seq_len), cli.common_config(args)
-    paths = {role: getattr(args, f"{role}_model") for role in ROLES if getattr(args, f"{role}_model") is not None}
-    if not paths:
-        raise UsageError("nothing to evaluate: give --original_model, --pruned_model or --finetuned_model")
-    if args.save_results is not None:
-        check_output_file(args.save_results, "--save_results")
-    sources = {role: find_model(path, f"--{role}_model") for role, path in paths.items()}
-    for source in sources.values():
-        check_seq_len(source, "--seq_len", evaluation.seq_len)
-    if args.efficiency and common.stream == "on":
-        raise UsageError("--efficiency measures models in memory: run it without --stream on")
-    if args.efficiency and parallel.count() > 1:
-        raise UsageError("--efficiency measures one process: run it without the launcher")
-    efficiency = efficiency_config(args, sources) if args.efficiency else None
-    for name in evaluation.datasets:
-        check_corpus(name, common.data_dir, "test", evaluation.seq_len, common.text_format)
-
-    from LLMPruner.evaluator.compare import compare
-
-    handlers = start_logging()
-    try:
-        record = compare(sources, evaluation, common, efficiency, args.table_lang)
-    finally:
-        stop_logging(handlers)
-    if args.save_results is not None and parallel.main():
-        write_json(Path(args.save_results), record)
+    if args.plot is not None:
+        check_plot(args.plot)
+    job = job_of(args, argv)
+    check(job)
+    with contextlib.redirect_stdout(sys.stdout if args.format == "text" else sys.stderr):  # what a pipe reads is the table
+        handlers = start_logging()
+        try:
+            evaluation = evaluate(job)
+        finally:
+            stop_logging(handlers)
+    if parallel.main():
+        print(report(evaluation, args.format, args.table_lang))
+        if args.plot is not None:
+            draw(Path(args.plot).expanduser(), evaluation, args.table_lang)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -260,7 +260,7 @@ def finetune_config(args: argparse.Namespace, prefix: str, method: str) -> Finet
 
 def eval_config(args: argparse.Namespace, seq_len: int) -> EvalConfig:
     """Evaluation settings of the flags, over windows of `seq_len`."""
-    return EvalConfig(tuple(args.eval_datasets), seq_len, args.eval_samples, args.text_format)
+    return EvalConfig(tuple(args.eval_datasets), seq_len, args.eval_samples, text_format=args.text_format)
 
 
 def common_config(args: argparse.Namespace) -> CommonConfig:

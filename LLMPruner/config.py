@@ -63,12 +63,13 @@ class CommonConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How perplexity is measured: corpora, window length, and how many windows (0 = the whole split)."""
+    """How perplexity is measured: corpora, window length, how many windows (0 = the whole split), and how they overlap."""
 
     datasets: tuple[str, ...] = setting(("wikitext2",), "corpora to report PPL on")
     seq_len: int = setting(128, "tokens of an evaluation window")
     samples: int = setting(0, "windows spread evenly over the test split; 0: all")
     text_format: str = "clean"  # that of the run: CommonConfig has the flag
+    stride: int | None = None  # tokens from window to window, of which the last that many count; None: side by side
 
     def __post_init__(self) -> None:
         if not self.datasets:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import json
 import math
 import os
@@ -111,7 +113,7 @@ def test_a_model_that_is_broken_shows_as_nan_and_null(command, trained_dir, toke
 def test_another_tokenizer_is_refused_before_weights_are_read(command, trained_dir, capsys, monkeypatch, vocab, text):
     save_with_tokenizer("other", vocab, text)
     capsys.readouterr()  # transformers' progress bar
-    monkeypatch.setattr("LLMPruner.evaluator.compare.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("LLMPruner.model.load.load_model", lambda *_, **__: pytest.fail("weights were read"))
     assert command(f"--original_model={trained_dir}", "--pruned_model=other", "--save_results=r.json") == 2
     error = capsys.readouterr().err
     assert "--pruned_model" in error and "compared" in error and error.count("\n") == 1
@@ -176,3 +178,84 @@ def test_wrong_commands_and_help_answer_without_torch(trained_dir):
         probe += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\nsys.exit(c)"
         done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
+
+
+def test_any_models_give_the_general_table_and_a_pipe_reads_nothing_else(command, trained_dir, pruned_bin, capsys):
+    Path("x=y").symlink_to(pruned_bin.parent)
+    flags = ["--models", f"dense={trained_dir}", f"half={pruned_bin}", "--eval_samples=3"]
+    assert command(*flags, "--models", f"third=x=y/{pruned_bin.name}", "--table_lang=en") == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()[-5:]]
+    assert "PPL dense on wikitext2" in out and rows[0] == ["Model", "Parameters", "wikitext2", "change"]
+    assert [row[0] for row in rows[2:]] == ["dense", "half", "third"] and rows[3][1:] == rows[4][1:]
+    Path("x=y").unlink()
+    assert command(*flags, "--format=csv", "--save_results=r.json") == 0
+    printed = capsys.readouterr()
+    rows = list(csv.DictReader(printed.out.splitlines()))
+    assert [row["model"] for row in rows] == ["dense", "half"] and "PPL half on wikitext2" in printed.err
+    saved = results()
+    for row in rows:
+        assert float(row["ppl wikitext2"]) == saved["models"][row["model"]]["ppl"]["wikitext2"]["ppl"]
+    assert command(*flags, "--format=json", "--baseline=half") == 0
+    assert [row["baseline"] for row in json.loads(capsys.readouterr().out)] == [False, True]
+
+
+def test_the_documents_table_stays_where_the_three_roles_are_all(command, trained_dir, pruned_bin, capsys):
+    flags = [f"--original_model={trained_dir}", "--models", f"pruned={pruned_bin}", "--eval_samples=2"]
+    assert command(*flags) == 0
+    out = capsys.readouterr().out
+    assert out.split("=" * 80 + "\nPPL 对比结果\n")[1].endswith("=" * 80 + "\n") and "剪枝后模型" in out
+
+
+def test_local_files_and_strides_are_measured_of_any_models(command, trained_dir, pruned_bin, data_dir):
+    file = data_dir / "ptb" / "test.txt"
+    flags = ["--models", f"a={trained_dir}", f"b={pruned_bin}", "--eval_datasets", file, "--seq_len=64", "--stride=16"]
+    assert command(*flags, "--save_results=r.json", "--plot=p.svg") == 0
+    saved = results()
+    measured = saved["models"]["b"]["ppl"][str(file)]
+    assert (saved["stride"], measured["stride"]) == (16, 16) and measured["tokens"] == 16 * measured["windows"] + 47
+    assert "<svg" in Path("p.svg").read_text()
+
+
+def test_the_documents_loop_runs_as_written_and_cheaply_again(command, trained_dir, pruned_bin, monkeypatch, tmp_path):
+    """README's "批量评估多个实验": three experiments, one results file each."""
+    for ratio in (15, 25, 35):
+        folder = Path("prune_log", f"exp_{ratio}pct")
+        folder.mkdir(parents=True)
+        (folder / "pytorch_model_finetuned.bin").symlink_to(pruned_bin)
+    script.build_parser().parse_args(["--finetuned_model", "x", "--seq_len", "512", "--save_results", "results_15pct.json"])
+
+    def loop(*more: str) -> None:
+        for ratio in (15, 25, 35):
+            model = f"prune_log/exp_{ratio}pct/pytorch_model_finetuned.bin"
+            flags = ["--finetuned_model", model, "--seq_len", "128", "--save_results", f"results_{ratio}pct.json"]
+            assert command(*flags, "--eval_samples=2", *more) == 0
+
+    loop()
+    before = [results(f"results_{ratio}pct.json")["models"]["finetuned"]["ppl"] for ratio in (15, 25, 35)]
+    monkeypatch.setattr("LLMPruner.model.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    loop("--resume")
+    assert [results(f"results_{ratio}pct.json")["models"]["finetuned"]["ppl"] for ratio in (15, 25, 35)] == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tasks", "boolq"], "pip install lm_eval"),
+        (["--limit=5"], "--limit needs --tasks"),
+        (["--no_ppl"], "nothing to measure"),
+        (["--resume"], "--save_results"),
+        (["--stride=129"], "--stride"),
+        (["--baseline=x"], "--baseline x"),
+        (["--plot=p.gif"], "--plot"),
+        (["--models", "original=x"], "two models are named original"),
+        (["--models", "x"], "NAME=PATH"),
+        (["--format=html"], "--format"),
+    ],
+)
+def test_what_is_new_is_refused_like_the_rest(command, trained_dir, capsys, monkeypatch, flags, words):
+    find = importlib.util.find_spec  # wherever these tests run, without lm_eval
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lm_eval" else find(name))
+    assert command(f"--original_model={trained_dir}", *flags) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and list(Path().iterdir()) == []

@@ -77,7 +77,7 @@ class TrainingText:
     def fingerprint(self) -> str:
         """A hash of all tokens and of what is learned of them."""
         rows = [self.rows, *self.held_out.values()]
-        return fingerprint([self.parts, *(tensor for part in rows for tensor in (part.windows, part.targets))])
+        return fingerprint(self.parts, *(tensor for part in rows for tensor in (part.windows, part.targets)))
 
 
 def training_text(
@@ -127,7 +127,7 @@ def _of_text(
     held = _validation(tokenizer, name, config.seq_len, common)
     spare = 0 if held is not None else HELD_OUT_WINDOWS
     settings = (common.data_dir, common.text_format)
-    ids = stream(tokenizer, name, "train", config.seq_len, asked + spare, *settings, common.seed)
+    ids = stream(tokenizer, name, "train", config.seq_len * (asked + spare), *settings, common.seed)
     windows = cut(ids, config.seq_len, name, "train")
     warn(name, "train", *settings)
     order = torch.arange(len(windows)) if reads_a_part(name) else shuffled(len(windows), common.seed)
@@ -146,7 +146,7 @@ def _validation(tokenizer: Any, name: str, seq_len: int, common: CommonConfig) -
     if trains and not here:  # what lies in a folder may be other text than the hub's
         return None
     try:
-        ids = stream(tokenizer, name, "validation", seq_len, HELD_OUT_WINDOWS, common.data_dir, common.text_format)
+        ids = stream(tokenizer, name, "validation", seq_len * HELD_OUT_WINDOWS, common.data_dir, common.text_format)
     except UsageError:
         if here:  # and malformed
             raise

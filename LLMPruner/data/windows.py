@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -37,17 +36,17 @@ class PruneWindows:
 
     def fingerprint(self) -> str:
         """A hash of all tokens."""
-        return fingerprint(self.all())
+        return fingerprint(*self.all())
 
     def all(self) -> list[torch.Tensor | None]:
         """Every stage's windows."""
         return [self.layers, self.calibration, self.repair, self.held_out, *self.evaluation.values()]
 
 
-def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
-    """A hash of the values and shapes."""
+def fingerprint(*windows: torch.Tensor | None) -> str:
+    """A hash of all tokens of windows `(n, seq_len)`."""
     digest = hashlib.sha256()
-    for rows in tensors:
+    for rows in windows:
         digest.update(b"-" if rows is None else repr(tuple(rows.shape)).encode() + rows.numpy().tobytes())
     return digest.hexdigest()[:32]
 
@@ -101,14 +100,16 @@ def evaluation_windows(
     tokenizer: Any, config: EvalConfig, data_dir: str | None, split: str = "test"
 ) -> dict[str, torch.Tensor]:
     """Windows of every corpus of `config`, by name; cut once so that all models see the same ones."""
-    settings = {"seq_len": config.seq_len, "samples": config.samples, "text_format": config.text_format}
-    return {name: load_windows(tokenizer, name, split, data_dir=data_dir, **settings) for name in config.datasets}
+    settings = {"seq_len": config.seq_len, "samples": config.samples, "stride": config.stride}
+    settings |= {"data_dir": data_dir, "text_format": config.text_format}
+    return {name: load_windows(tokenizer, name, split, **settings) for name in config.datasets}
 
 
 def read_alike(tokenizer: Any, other: Any, config: EvalConfig, data_dir: str | None, split: str = "test") -> bool:
     """Whether two tokenizers make the same windows of every corpus of `config`."""
+    wanted = _tokens(config.samples, config.seq_len, config.stride)
     streams = (
-        [stream(reader, name, split, config.seq_len, config.samples, data_dir, config.text_format) for name in config.datasets]
+        [stream(reader, name, split, wanted, data_dir, config.text_format) for name in config.datasets]
         for reader in (tokenizer, other)
     )
     return all(ours.equal(theirs) for ours, theirs in zip(*streams, strict=True))
@@ -138,19 +139,17 @@ def _part_ids(
     return torch.tensor(ids)
 
 
+def _tokens(samples: int, seq_len: int, stride: int | None) -> int:
+    """Tokens of a text that `samples` windows are cut from."""
+    return samples and (samples - 1) * (stride or seq_len) + seq_len
+
+
 def stream(
-    tokenizer: Any,
-    name: str,
-    split: str,
-    seq_len: int,
-    samples: int,
-    data_dir: str | None,
-    text_format: str,
-    seed: int | None = None,
+    tokenizer: Any, name: str, split: str, wanted: int, data_dir: str | None, text_format: str, seed: int | None = None
 ) -> torch.Tensor:
-    """The tokens that `samples` windows (0: all) of a split are cut from, int64 `(n,)`."""
-    if samples and reads_a_part(name):
-        return _part_ids(tokenizer, name, split, data_dir, text_format, samples * seq_len, seed or 0)[: samples * seq_len]
+    """The tokens that windows of a split are cut from, int64 `(n,)`: `wanted` ones (0: all) of a corpus read in part."""
+    if wanted and reads_a_part(name):
+        return _part_ids(tokenizer, name, split, data_dir, text_format, wanted, seed or 0)[:wanted]
     return token_ids(tokenizer, name, split, data_dir, text_format)
 
 
@@ -161,12 +160,15 @@ def load_windows(
     *,
     seq_len: int,
     samples: int = 0,
+    stride: int | None = None,
     data_dir: str | None = None,
     text_format: str = "clean",
     seed: int | None = None,
     bos: int | None = None,
 ) -> torch.Tensor:
-    """Non-overlapping windows of `seq_len` tokens, int64 `(n, seq_len)`, in the order of the text; each begins with `bos`.
+    """Windows of `seq_len` tokens, int64 `(n, seq_len)`, in the order of the text; each begins with `bos`, where given.
+
+    They lie side by side, or `stride` tokens from one to the next (not with `bos`).
 
     `samples` windows are taken (0: all): spread evenly over the split, or drawn at random where `seed` is given. Raises
     UsageError when the split is shorter than one window. Of a corpus that is read in part they come from a random part of its
@@ -174,10 +176,10 @@ def load_windows(
     """
     import torch
 
-    ids = stream(tokenizer, name, split, seq_len, samples, data_dir, text_format, seed)
+    ids = stream(tokenizer, name, split, _tokens(samples, seq_len, stride), data_dir, text_format, seed)
     if bos is not None:
         ids, seq_len = ids[1:] if ids[0] == bos else ids, seq_len - 1
-    windows = cut(ids, seq_len, name, split)
+    windows = cut(ids, seq_len, name, split, stride)
     count = len(windows)
     warn(name, split, data_dir, text_format)
     windows = drawn(windows, samples, seed)
@@ -191,12 +193,14 @@ def load_windows(
     return windows
 
 
-def cut(ids: torch.Tensor, seq_len: int, name: str, split: str) -> torch.Tensor:
-    """A stream of tokens as windows, `(n, seq_len)`. Raises UsageError where there is not one."""
-    count = len(ids) // seq_len
-    if count < 1:
+def cut(ids: torch.Tensor, seq_len: int, name: str, split: str, stride: int | None = None) -> torch.Tensor:
+    """A stream of tokens as windows, `(n, seq_len)`, each `stride` after the one before (None: `seq_len`).
+
+    Raises UsageError where there is not one.
+    """
+    if len(ids) < seq_len:
         raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")
-    return ids[: count * seq_len].view(count, seq_len)
+    return ids.unfold(0, seq_len, stride or seq_len)
 
 
 def warn(name: str, split: str, data_dir: str | None, text_format: str) -> None:

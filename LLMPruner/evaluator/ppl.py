@@ -1,4 +1,10 @@
-"""Perplexity: the exponential of the mean next-token loss, token-weighted over non-overlapping windows."""
+"""Perplexity: the exponential of the mean next-token loss, token-weighted over windows.
+
+Windows lie side by side, and of each all tokens but the first are predicted. Or they overlap (transformers' "Perplexity of
+fixed-length models"): each is moved by `stride` tokens, and its last `stride` tokens count, which have `seq_len - stride` or
+more before them; of the first window all do. So every token of the text but the first counts once. The guide's own loop
+divides by a token less a window; here sums are divided by what was summed.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +37,7 @@ class Perplexity:
     windows: int
     tokens: int
     ppl: float
+    stride: int | None = None  # tokens from window to window; None: side by side
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON. PPL is None where the loss was not finite, which JSON cannot say."""
@@ -47,23 +54,40 @@ def perplexity(model: LlamaForCausalLM, windows: torch.Tensor) -> float:
     return perplexity_of(LayerRunner.of(model), windows)
 
 
-def perplexity_of(runner: LayerRunner, windows: torch.Tensor) -> float:
-    """`perplexity` of a runner's model, whose weights may lie on disk."""
-    losses = []
+def perplexity_of(runner: LayerRunner, windows: torch.Tensor, stride: int | None = None) -> float:
+    """`perplexity` of a runner's model, whose weights may lie on disk; with `stride`, of overlapping windows."""
+    last, losses = _last(windows.shape[1], stride), []
     for part in tqdm(runner.passes(*windows.shape), desc="PPL", disable=parallel.quiet(), leave=False):
-        losses.append(runner.head.losses(runner.layers(runner.embed(windows[part])), windows[part]))
-    mean = parallel.gathered(torch.cat(losses)).sum().item() / (windows.shape[0] * (windows.shape[1] - 1))
+        hidden = runner.layers(runner.embed(windows[part]))
+        losses.append(runner.head.losses(hidden[:, -last - 1 :], windows[part, -last - 1 :]))
+        if part.start == 0 and last < windows.shape[1] - 1:  # the first of all, whose other tokens count as well
+            losses.append(runner.head.losses(hidden[:1, :-last], windows[:1, :-last]))
+    mean = parallel.gathered(torch.cat(losses)).sum().item() / scored_tokens(*windows.shape, stride)
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
 
 
-def measure(runner: LayerRunner, windows: dict[str, torch.Tensor], label: str, split: str = "test") -> list[Perplexity]:
+def scored_tokens(windows: int, seq_len: int, stride: int | None = None) -> int:
+    """Tokens that count in so many windows."""
+    last = _last(seq_len, stride)
+    return windows * last + (seq_len - 1 - last)
+
+
+def _last(seq_len: int, stride: int | None) -> int:
+    """Tokens that count at the end of each window."""
+    return seq_len - 1 if stride is None else min(stride, seq_len - 1)
+
+
+def measure(
+    runner: LayerRunner, windows: dict[str, torch.Tensor], label: str, split: str = "test", stride: int | None = None
+) -> list[Perplexity]:
     """PPL on every corpus, logged one line each (`grep PPL` finds them)."""
     results = []
     for name, rows in windows.items():
         count, seq_len = rows.shape
-        ppl = perplexity_of(runner, rows)
-        logger.info("PPL %s on %s %s: %.4f (%d windows of %d tokens)", label, describe(name), split, ppl, count, seq_len)
-        results.append(Perplexity(name, split, seq_len, count, count * (seq_len - 1), ppl))
+        ppl = perplexity_of(runner, rows, stride)
+        where = f"{describe(name)} {split}" if stride is None else f"{describe(name)} {split}, stride {stride}"
+        logger.info("PPL %s on %s: %.4f (%d windows of %d tokens)", label, where, ppl, count, seq_len)
+        results.append(Perplexity(name, split, seq_len, count, scored_tokens(count, seq_len, stride), ppl, stride))
     return results
 
 

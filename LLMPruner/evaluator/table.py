@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +78,8 @@ def comparison_table(tables: Mapping[str, Sequence[Row]], lang: str = "zh") -> s
         lines += ["", f"{labels.corpus}: {describe(corpus)}", single, labels.header, single]
         by_role = {row.role: row for row in rows}
         for row in rows:
-            name = _pad(labels.roles[row.role], 32)
-            change = _align(_change(row, by_role, labels), labels.change)
+            name = padded(labels.roles[row.role], 32)
+            change = aligned(_change(row, by_role, labels), labels.change)
             lines.append(f"{name}| {row.ppl:>15.2f} | {row.parameters:>20,} | {change}")
         lines.append(double)
     return "\n".join(lines)
@@ -88,8 +88,8 @@ def comparison_table(tables: Mapping[str, Sequence[Row]], lang: str = "zh") -> s
 def tables_of(results: Mapping[str, Sequence[Perplexity]], parameters: Mapping[str, int]) -> dict[str, list[Row]]:
     """Rows by corpus, from the measurements and parameter counts by role."""
     tables: dict[str, list[Row]] = {}
-    for role in ROLES:
-        for result in results.get(role, ()):
+    for role in in_order(results):
+        for result in results[role]:
             tables.setdefault(result.corpus, []).append(Row(role, result.ppl, parameters[role]))
     return tables
 
@@ -107,10 +107,15 @@ def results_json(
             "parameters": parameters[role],
             "ppl": {result.corpus: result.as_dict() for result in results[role]},
         }
-        for role in ROLES
-        if role in results
+        for role in in_order(results)
     }
     return {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment, "models": models}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Models by name: the document's roles first, then the others as they come."""
+    given = list(names)
+    return [role for role in ROLES if role in given] + [name for name in given if name not in ROLES]
 
 
 def _change(row: Row, rows: Mapping[str, Row], labels: Labels) -> str:
@@ -129,14 +134,16 @@ def _references(role: str) -> tuple[str, ...]:
     return {"original": (), "pruned": ("original",), "finetuned": ("pruned", "original")}[role]
 
 
-def _width(text: str) -> int:
+def width(text: str) -> int:
     """Columns on a terminal: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def _pad(text: str, width: int) -> str:
-    return text + " " * (width - _width(text))
+def padded(text: str, columns: int) -> str:
+    """The text at the left of so many columns."""
+    return text + " " * (columns - width(text))
 
 
-def _align(text: str, width: int) -> str:
-    return " " * (width - _width(text)) + text
+def aligned(text: str, columns: int) -> str:
+    """The text at the right of so many columns."""
+    return " " * (columns - width(text)) + text

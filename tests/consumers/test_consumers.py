@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -11,12 +12,16 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from conftest import make_text
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from LLMPruner.config import EfficiencyConfig
+from LLMPruner.config import EfficiencyConfig, ExportConfig
 from LLMPruner.evaluator.engines import EngineConfig, time_engine
 from LLMPruner.export.gguf import write_gguf
+from LLMPruner.export.writer import write_exports
 from LLMPruner.model.forward import LayerRunner
-from LLMPruner.model.load import load_model
+from LLMPruner.model.load import LoadedModel, load_model, save_model
 from LLMPruner.model.source import find_model
 from tests.consumers.exports import export, python_of, qwen2, qwen3, reference, smollm2, tiny
 
@@ -40,7 +45,11 @@ def run(python: str, script: str | Path, *arguments: str, cwd: Path, **environme
     settings |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home"), **environment}
     settings["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums of floats depend on how they are split
     done = subprocess.run(
-        [python, str(HERE / script), *map(str, arguments)], cwd=cwd, env=settings, capture_output=True, text=True
+        [python, script if script == "-m" else str(HERE / script), *map(str, arguments)],
+        cwd=cwd,
+        env=settings,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -202,3 +211,57 @@ def best_choice(loaded, query: str, choices: list[str]) -> int:
         prefix = torch.tensor([start])
         scores.append(whole - runner.head.losses(runner.layers(runner.embed(prefix)), prefix).item())
     return min(range(len(choices)), key=scores.__getitem__)
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_our_tasks_give_the_figures_of_lm_eval_on_the_export_to_the_last_digit(tiny, tmp_path, shots):
+    """Also the Brier score, which depends on every digit of every likelihood; prompts begin with BOS, as the tokenizer says."""
+    adding = copy.deepcopy(tiny.loaded.tokenizer.backend_tokenizer)
+    adding.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=adding, bos_token="<s>", eos_token="</s>")
+    loaded = LoadedModel(tiny.loaded.model, tokenizer, tiny.loaded.plan, {"parameters": tiny.loaded.plan.total_params})
+    write_exports(loaded, ExportConfig(("hf",)), tmp_path, {})
+    words = make_text(200, seed=5).split()
+    rows = []
+    for place in range(0, 600, 10):
+        choices = [" ".join(words[place + shift : place + shift + 2]) for shift in (3, 5, 7)]
+        rows.append({"query": " ".join(words[place : place + 3]), "choices": choices, "gold": place // 10 % 3})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    places = "".join(f"    {split}: {tmp_path}/rows.jsonl\n" for split in ("train", "test"))
+    (tmp_path / "little.yaml").write_text(
+        f"task: little\ndataset_path: json\ndataset_kwargs:\n  data_files:\n{places}output_type: multiple_choice\n"
+        "training_split: train\ntest_split: test\ndoc_to_text: query\n"
+        "doc_to_target: gold\ndoc_to_choice: choices\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
+        "  - metric: brier_score\n    aggregation: brier_score\n    higher_is_better: false\nmetadata:\n  version: 1.5\n"
+    )
+    save_model(tmp_path / "model.bin", loaded)
+    asked = ["--tasks", tmp_path / "little.yaml", "--num_fewshot", shots, "--limit", 50]
+    arguments = ["--model", "hf", *asked, "--device", "cpu", "--batch_size", "8", "--output_path", tmp_path / "theirs"]
+    model = f"pretrained={tmp_path / 'hf'},dtype=float32,trust_remote_code=True"
+    run(python_of("lm-eval"), "-m", "lm_eval", *arguments, "--model_args", model, cwd=tmp_path)
+    (file,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(file.read_text())
+    flags = [
+        *asked,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--no_ppl",
+        "--save_results",
+        tmp_path / "r.json",
+        "--format",
+        "csv",
+    ]
+    models = ["--models", f"bin={tmp_path / 'model.bin'}", f"export={tmp_path / 'hf'}"]
+    script = HERE.parent.parent / "evaluate_models.py"
+    again = [run(python_of("lm-eval"), script, *models, *flags, *more, cwd=tmp_path) for more in ([], ["--resume"])]
+    records = json.loads((tmp_path / "r.json").read_text())["records"]
+    assert len(records) == 6 and again[0] == again[1] and again[0].startswith("model,baseline,parameters,little acc_norm")
+    for record in records:
+        figure = theirs["results"]["little"][f"{record['metric']},none"]
+        assert record["value"] == figure > 0
+        error = theirs["results"]["little"][f"{record['metric']}_stderr,none"]
+        assert record["stderr"] == (error if error != "N/A" else None)
+        assert (record["num_fewshot"], record["version"], record["samples"]) == (theirs["n-shot"]["little"], 1.5, 50)
+    assert theirs["n-shot"]["little"] == shots

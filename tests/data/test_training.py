@@ -15,7 +15,7 @@ from LLMPruner.config import CommonConfig
 from LLMPruner.data.chat import encoded_chats
 from LLMPruner.data.corpora import load_text
 from LLMPruner.data.training import HELD_OUT_WINDOWS, TrainingRows, TrainingText, packed, training_text
-from LLMPruner.data.windows import load_windows, training_windows
+from LLMPruner.data.windows import load_windows
 from LLMPruner.errors import UsageError
 from LLMPruner.training_config import FinetuneConfig
 
@@ -89,8 +89,6 @@ def test_one_corpus_gives_the_windows_that_it_always_gave(data_dir, tokenizer, s
     text = text_of(tokenizer, "wikitext2", samples=samples, folder=data_dir, seed=seed, text_format=text_format)
     assert text.rows.windows.equal(expected) and text.rows.windows.dtype == torch.int64
     assert text.weights == {"wikitext2": 1.0} and text.parts.equal(torch.zeros(len(expected), dtype=torch.int64))
-    common = CommonConfig(seed=seed, data_dir=str(data_dir), text_format=text_format)
-    assert training_windows(tokenizer, FinetuneConfig(samples=samples, seq_len=SEQ_LEN), common).equal(expected)
 
 
 @pytest.mark.parametrize("validates", [True, False])
@@ -320,12 +318,6 @@ def test_a_mixture_of_all_kinds(chatting, data_dir, tmp_path):
     assert text.parts.bincount().tolist() == [10, 5, 5] and text.rows.windows.max() < VOCAB
     learned = [bool(text.rows.targets[text.parts == index, 1:].all()) for index in range(3)]
     assert learned == [True, False, True] and list(text.held_out) == ["wikitext2", name, "self"]
-
-
-def test_a_trainer_of_all_tokens_takes_no_chats(chatting, tmp_path):
-    config = FinetuneConfig(dataset=(chats_of(tmp_path, 60),), samples=5, seq_len=SEQ_LEN)
-    with pytest.raises(UsageError, match="of chats only the answers are to be learned"):
-        training_windows(chatting, config, CommonConfig())
 
 
 def test_the_fingerprint_is_that_of_everything_read(data_dir, tokenizer):

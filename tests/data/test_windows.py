@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from LLMPruner.config import CommonConfig, EvalConfig, PruneConfig
+from LLMPruner.data.training import training_text
 from LLMPruner.data.windows import (
     PruneWindows,
     bos_token,
     evaluation_windows,
+    fingerprint,
     held_out_tokens,
     interleaved,
     load_windows,
@@ -23,7 +25,6 @@ from LLMPruner.data.windows import (
     prune_windows,
     read_alike,
     token_ids,
-    training_windows,
 )
 from LLMPruner.errors import UsageError
 from LLMPruner.training_config import FinetuneConfig
@@ -236,34 +237,35 @@ PRUNE = PruneConfig(
 
 def test_every_stage_of_a_run_reads_its_own_split_and_its_own_size(splits):
     common = CommonConfig(data_dir=splits)
-    evaluation, finetune = EvalConfig(("wikitext2", "ptb"), seq_len=9, samples=2), FinetuneConfig(samples=8, seq_len=10)
-    options = {"analyzes": True, "calibrates": True, "evaluation": evaluation, "finetune": finetune}
+    evaluation = EvalConfig(("wikitext2", "ptb"), seq_len=9, samples=2)
+    options = {"analyzes": True, "calibrates": True, "evaluation": evaluation}
     windows = prune_windows(Characters(), PRUNE, common, **options)
     assert words(windows.layers) == ["t" * 5] * 3 and words(windows.calibration) == ["t" * 7] * 4
-    assert words(windows.repair) == ["t" * 7] * 6 and words(windows.finetuning) == ["t" * 10] * 8
+    assert words(windows.repair) == ["t" * 7] * 6
     assert words(windows.held_out) == ["v" * 7] * 2, "half of the search's tokens; the dense model writes the others"
     assert {name: words(rows) for name, rows in windows.evaluation.items()} == {
         "wikitext2": ["t" * 9] * 2,
         "ptb": ["p" * 9] * 2,
     }
-    assert len(windows.all()) == 7 and all(rows is not None for rows in windows.all())
+    assert len(windows.all()) == 6 and all(rows is not None for rows in windows.all())
 
 
 def test_calibration_begins_with_the_bos_token_and_what_is_reported_does_not(splits):
     """A window of the report or of fine-tuning is a piece of text like any other."""
     evaluation, finetune = EvalConfig(("ptb",), seq_len=9, samples=2), FinetuneConfig(samples=8, seq_len=10)
-    options = {"analyzes": True, "calibrates": True, "evaluation": evaluation, "finetune": finetune}
+    options = {"analyzes": True, "calibrates": True, "evaluation": evaluation}
+    trained = training_text(Characters(bos="<"), finetune, CommonConfig(data_dir=splits)).rows.windows
     windows = prune_windows(Characters(bos="<"), replace(PRUNE, calibration_bos="on"), CommonConfig(data_dir=splits), **options)
     assert words(windows.layers) == ["<tttt"] * 3 and words(windows.held_out) == ["<vvvvvv"] * 2
     assert words(windows.calibration) == ["<tttttt"] * 4 and words(windows.repair) == ["<tttttt"] * 6
-    assert words(windows.finetuning) == ["t" * 10] * 8 and words(windows.evaluation["ptb"]) == ["p" * 9] * 2
+    assert words(trained) == ["t" * 10] * 8 and words(windows.evaluation["ptb"]) == ["p" * 9] * 2
 
 
 def test_the_splits_that_calibration_and_the_report_read_are_two(tmp_path):
     for split, letter in (("train", "a"), ("test", "z")):
         write(tmp_path, "wikitext-2-raw", split, 400 * letter)
     reader, common = Characters(), CommonConfig(data_dir=str(tmp_path))
-    assert set(words(training_windows(reader, FinetuneConfig(samples=3, seq_len=4), common))) == {"aaaa"}
+    assert set(words(training_text(reader, FinetuneConfig(samples=3, seq_len=4), common).rows.windows)) == {"aaaa"}
     assert set(words(evaluation_windows(reader, EvalConfig(seq_len=4), str(tmp_path))["wikitext2"])) == {"zzzz"}
     assert set(words(evaluation_windows(reader, EvalConfig(seq_len=4), str(tmp_path), "train")["wikitext2"])) == {"aaaa"}
 
@@ -277,11 +279,11 @@ def test_a_stage_that_does_not_run_reads_nothing(tmp_path):
 def test_the_seed_draws_the_windows_of_a_run(data_dir, tokenizer):
     def drawn(seed: int) -> list[torch.Tensor]:
         common = CommonConfig(seed=seed, data_dir=str(data_dir))
-        windows = prune_windows(tokenizer, PRUNE, common, analyzes=True, calibrates=True, finetune=FinetuneConfig(samples=9))
+        windows = prune_windows(tokenizer, PRUNE, common, analyzes=True, calibrates=True)
         return [rows for rows in windows.all() if rows is not None]
 
     one, same, other = drawn(1), drawn(1), drawn(2)
-    assert len(one) == 5 and all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert len(one) == 4 and all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -302,11 +304,10 @@ def is_raw(windows: torch.Tensor | None) -> bool:
 @pytest.mark.parametrize("text_format", ["clean", "raw"])
 def test_the_text_format_of_a_run_reaches_the_windows_of_every_stage(both_formats, corpus, text_format):
     common, evaluation = CommonConfig(data_dir=both_formats, text_format=text_format), EvalConfig((corpus,), 9, 2)
-    options = {"evaluation": evaluation, "finetune": FinetuneConfig(samples=8, seq_len=10, dataset=(corpus,))}
-    config = replace(PRUNE, calibration_dataset=corpus)
-    windows = prune_windows(Characters(), config, common, analyzes=True, calibrates=True, **options)
-    found = [rows for rows in windows.all() if rows is not None]
-    assert len(found) == 6 and all("\n" in "".join(words(rows)) for rows in found)
+    config, training = replace(PRUNE, calibration_dataset=corpus), FinetuneConfig(samples=8, seq_len=10, dataset=(corpus,))
+    windows = prune_windows(Characters(), config, common, analyzes=True, calibrates=True, evaluation=evaluation)
+    found = [rows for rows in windows.all() if rows is not None] + training_text(Characters(), training, common).all()
+    assert len(found) == 7 and all("\n" in "".join(words(rows)) for rows in found)
     assert {is_raw(rows) for rows in found} == {text_format == "raw"}
 
 
@@ -342,3 +343,14 @@ def test_a_copy_of_wikitext_without_its_empty_rows_is_warned_of_where_it_is_read
 def test_a_text_format_that_does_not_exist_is_refused():
     with pytest.raises(UsageError, match="--text_format must be clean or raw, got papers"):
         CommonConfig(text_format="papers")
+
+
+def test_strided_windows_overlap_and_cover_the_text_in_order(tokenizer, data_dir):
+    ids = token_ids(tokenizer, "ptb", "test", str(data_dir))
+    windows = load_windows(tokenizer, "ptb", "test", seq_len=32, stride=8, data_dir=str(data_dir))
+    assert len(windows) == (len(ids) - 32) // 8 + 1 and windows[0].equal(ids[:32])
+    assert all(row.equal(ids[8 * place : 8 * place + 32]) for place, row in enumerate(windows))
+    side_by_side = load_windows(tokenizer, "ptb", "test", seq_len=32, data_dir=str(data_dir))
+    assert windows[::4].equal(side_by_side) and fingerprint(windows) != fingerprint(side_by_side)
+    some = load_windows(tokenizer, "ptb", "test", seq_len=32, stride=8, samples=5, data_dir=str(data_dir))
+    assert some[0].equal(windows[0]) and some[-1].equal(windows[-1]) and len(some) == 5

@@ -1,11 +1,9 @@
-"""Several models over the same windows: cut once, one model at a time, and no comparison across tokenizers."""
+"""What compared models share: windows, tokens that mean the same, and the minutes in which their speed is taken."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import json
-import weakref
 
 import pytest
 from conftest import half_pruned, make_text, tiny_model
@@ -14,11 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
 from LLMPruner.errors import UsageError
-from LLMPruner.evaluator import ppl
-from LLMPruner.evaluator.compare import compare, measure_costs, measure_model, shared_windows
-from LLMPruner.evaluator.ppl import measure
-from LLMPruner.model.forward import LayerRunner
-from LLMPruner.model.load import load_model, load_tokenizer, save_model
+from LLMPruner.evaluator.compare import measure_costs, shared_windows
+from LLMPruner.model.load import load_tokenizer, save_model
 from LLMPruner.model.source import find_model
 
 
@@ -49,53 +44,6 @@ def save_with_tokenizer(folder, vocab: int, text: str) -> None:
     bpe.train_from_iterator([text], trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet))
     tiny_model(vocab_size=vocab).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-
-
-def test_all_models_see_the_same_windows_one_model_at_a_time(sources, common, monkeypatch):
-    seen, alive = [], []
-
-    def spy(model, windows, label, split):
-        assert all(other() is None for other in alive), "another model is still in memory"
-        alive.append(weakref.ref(model))
-        model.itself = [model]  # so that it goes only where it is collected
-        seen.append(windows["wikitext2"].clone())
-        return measure(model, windows, label, split)
-
-    monkeypatch.setattr(ppl, "measure", spy)
-    gc.disable()  # what is freed is freed by the script, not by chance
-    try:
-        compare(sources, EvalConfig(seq_len=32, samples=7), common)
-    finally:
-        gc.enable()
-    assert len(seen) == 3 and seen[0].shape == (7, 32) and seen[0].equal(seen[1]) and seen[0].equal(seen[2])
-
-
-def test_the_record_holds_every_measurement_and_where_it_was_made(sources, common, capsys):
-    evaluation = EvalConfig(("wikitext2", "ptb"), 32, 5)
-    record = json.loads(json.dumps(compare(sources, evaluation, common, lang="en"), allow_nan=False))
-    assert list(record["models"]) == ["original", "pruned", "finetuned"] and "efficiency" not in record
-    assert (record["device"], record["dtype"], record["seq_len"], record["samples"]) == ("cpu", "float32", 32, 5)
-    assert record["windows"] == {"wikitext2": 5, "ptb": 5}
-    table = capsys.readouterr().out
-    windows = shared_windows(
-        sources, {role: load_tokenizer(source) for role, source in sources.items()}, evaluation, common.data_dir
-    )
-    for role, source in sources.items():
-        row, model = record["models"][role], load_model(source, dtype="float32", device="cpu").model
-        assert row["path"] == str(source.path) and row["parameters"] == source.plan.total_params
-        assert row["ppl"] == {result.corpus: result.as_dict() for result in measure(LayerRunner.of(model), windows, role)}
-        assert f"{row['ppl']['ptb']['ppl']:.2f}" in table
-    assert "PPL comparison" in table
-
-
-def test_a_measured_model_is_what_the_plain_functions_measure(sources, common):
-    windows = {
-        "ptb": shared_windows(
-            sources, {"pruned": load_tokenizer(sources["pruned"])}, EvalConfig(("ptb",), 64, 3), common.data_dir
-        )["ptb"]
-    }
-    own = measure(load_model(sources["pruned"], dtype="float32", device="cpu").runner, windows, "pruned")
-    assert measure_model(sources["pruned"], load_tokenizer(sources["pruned"]), windows, "pruned", common) == own
 
 
 @pytest.mark.parametrize(("vocab", "text"), [(300, "zebra zebra xylophone " * 99 + make_text(9, 9)), (290, make_text(200, 0))])
@@ -129,3 +77,11 @@ def test_size_and_speed_are_of_every_model_side_by_side(sources, common, capsys)
     assert costs["pruned"]["kv_bytes_per_token"] < costs["original"]["kv_bytes_per_token"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Efficiency on cpu, float32") and lines[1].split() == list(sources)
+
+
+def test_a_model_of_another_name_is_called_by_its_own_flag(sources, common, tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["xylophone"])
+    both = {"a=b": sources["original"], "my model": sources["pruned"]}
+    with pytest.raises(UsageError, match="the tokenizers of --models a=b and --models my model differ"):
+        shared_windows(both, {"a=b": tokenizer, "my model": larger}, EvalConfig(), common.data_dir)

@@ -1,0 +1,272 @@
+"""Any number of models by any number of measurements: the order of work, and what a results file spares the next run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import half_pruned
+
+from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
+from LLMPruner.errors import UsageError
+from LLMPruner.evaluator import ppl
+from LLMPruner.evaluator.compare import shared_windows
+from LLMPruner.evaluator.ppl import measure
+from LLMPruner.evaluator.tasks import TaskConfig
+from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.load import load_model, load_tokenizer, save_model
+from LLMPruner.stages.evaluate import EvaluationJob, check, evaluate, find_models, report
+
+TWO = EvalConfig(("wikitext2", "ptb"), 32, 5)
+
+
+@pytest.fixture(scope="module")
+def pruned(trained_dir, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("evaluated") / "pytorch_model.bin"
+    save_model(path, half_pruned(trained_dir))
+    return path
+
+
+@pytest.fixture
+def common(data_dir) -> CommonConfig:
+    return CommonConfig(dtype="float32", device="cpu", data_dir=str(data_dir))
+
+
+@pytest.fixture
+def job(trained_dir, pruned, common) -> EvaluationJob:
+    """Four models on two corpora."""
+    given = [f"half={pruned}", f"again={pruned}"]
+    return EvaluationJob(find_models({"pruned": str(pruned), "original": str(trained_dir)}, given), ppl=TWO, common=common)
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[tuple[str, str]]:
+    """The models and corpora that are measured, as they come."""
+    seen = []
+
+    def spy(runner, windows, label, *rest):
+        seen.append((label, *windows))
+        return measure(runner, windows, label, *rest)
+
+    monkeypatch.setattr(ppl, "measure", spy)
+    return seen
+
+
+def test_models_are_measured_one_at_a_time_the_documents_roles_first(job, monkeypatch):
+    seen, alive = [], []
+
+    def spy(runner, windows, label, *rest):
+        assert all(other() is None for other in alive if other() is not runner), "another model is still in memory"
+        alive.append(weakref.ref(runner))
+        runner.itself = [runner]  # so that it goes only where it is collected
+        seen.append((label, *windows))
+        return measure(runner, windows, label, *rest)
+
+    monkeypatch.setattr(ppl, "measure", spy)
+    gc.disable()  # what is freed is freed by the stage, not by chance
+    try:
+        evaluate(job)
+    finally:
+        gc.enable()
+    assert seen == [(name, corpus) for name in ("original", "pruned", "half", "again") for corpus in TWO.datasets]
+
+
+def test_the_file_holds_every_measurement_and_where_it_was_made(job, tmp_path):
+    job = replace(job, results=tmp_path / "r.json", command="python evaluate_models.py --as given")
+    evaluate(job)
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert list(saved["models"]) == ["original", "pruned", "half", "again"] and "efficiency" not in saved
+    assert (saved["device"], saved["dtype"], saved["seq_len"], saved["samples"]) == ("cpu", "float32", 32, 5)
+    assert saved["windows"] == {"wikitext2": 5, "ptb": 5}
+    windows = shared_windows(job.sources, {"original": load_tokenizer(job.sources["original"])}, TWO, job.common.data_dir)
+    for name, source in job.sources.items():
+        row, model = saved["models"][name], load_model(source, dtype="float32", device="cpu").model
+        assert row["path"] == str(source.path) and row["parameters"] == source.plan.total_params
+        own = measure(LayerRunner.of(model), windows, name)
+        assert row["ppl"] == {result.corpus: result.as_dict() for result in own}
+        records = [record for record in saved["records"] if record["model"] == name]
+        assert [(r["name"], r["metric"], r["value"]) for r in records] == [(o.corpus, "ppl", o.ppl) for o in own]
+        assert all(r["settings"]["windows"] == 5 and len(r["settings"]["text"]) == 32 and r["run"] == 0 for r in records)
+    (run,) = saved["provenance"]
+    assert run["command"] == job.command and (run["seed"], run["device"], run["dtype"]) == (42, "cpu", "float32")
+    assert run["versions"].keys() == {"LLMPruner", "python", "torch", "transformers"} and run["hardware"]
+
+
+def test_what_was_killed_half_way_goes_on_with_what_is_missing(job, tmp_path, monkeypatch, measured):
+    job = replace(job, results=tmp_path / "r.json", resume=True)  # there is no file yet
+    opened, alone = [], ppl.measure
+
+    def dies(runner, windows, label, *rest):
+        if (label, *windows) == ("pruned", "ptb"):
+            raise KeyboardInterrupt
+        return alone(runner, windows, label, *rest)
+
+    monkeypatch.setattr(ppl, "measure", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(job)
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert [(r["model"], r["name"]) for r in saved["records"]] == measured
+    assert measured == [("original", "wikitext2"), ("original", "ptb"), ("pruned", "wikitext2")]
+    del measured[:]
+    monkeypatch.setattr(ppl, "measure", alone)
+    monkeypatch.setattr("LLMPruner.model.load.load_model", lambda s, **kw: opened.append(s.path) or load_model(s, **kw))
+    resumed = evaluate(replace(job, command="again"))
+    assert measured == [("pruned", "ptb"), ("half", "wikitext2"), ("half", "ptb"), ("again", "wikitext2"), ("again", "ptb")]
+    assert opened == [job.sources[name].path for name in ("pruned", "half", "again")]  # each once, the complete one never
+    fresh = evaluate(replace(job, results=None, resume=False))
+    assert report(resumed, "csv", "en") == report(fresh, "csv", "en")
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert [r["run"] for r in saved["records"]] == [0] * 3 + [1] * 5 and saved["provenance"][1]["command"] == "again"
+
+
+CHANGES = {
+    "nothing": lambda job: job,
+    "another window length": lambda job: replace(job, ppl=replace(job.ppl, seq_len=16)),
+    "a stride": lambda job: replace(job, ppl=replace(job.ppl, stride=8)),
+    "more windows": lambda job: replace(job, ppl=replace(job.ppl, samples=6)),
+    "raw text": lambda job: replace(job, common=replace(job.common, text_format="raw")),
+    "another precision": lambda job: replace(job, common=replace(job.common, dtype="bfloat16")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_figure_is_taken_only_where_all_that_it_depends_on_is_the_same(job, tmp_path, measured, change):
+    small = find_models({"original": str(job.sources["original"].path)}, [])
+    job = replace(job, sources=small, ppl=replace(TWO, datasets=("ptb",)), results=tmp_path / "r.json", resume=True)
+    first = evaluate(job).records
+    assert len(measured) == 1
+    evaluate(CHANGES[change](job))
+    assert len(measured) == (1 if change == "nothing" else 2)
+    saved = json.loads((tmp_path / "r.json").read_text())
+    # the other figures stay, but for that of the same settings in another precision
+    assert (first[0]["key"] in {r["key"] for r in saved["records"]}) == (change != "another precision")
+
+
+def test_a_model_that_was_written_anew_is_measured_anew(job, trained_dir, tmp_path, measured, tokenizer):
+    model = load_model(job.sources["original"], dtype="float32", device="cpu").model
+    folder = tmp_path / "model"
+    job = replace(job, ppl=replace(TWO, datasets=("ptb",)), results=tmp_path / "r.json", resume=True)
+    values = []
+    for change in ("", "weights", "config", "time"):
+        if change == "weights":
+            model.model.layers[2].mlp.up_proj.weight.data *= 0.9
+        if change in ("", "weights"):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        elif change == "config":
+            config = json.loads((folder / "config.json").read_text())
+            config["rope_parameters"]["rope_theta"] = 5e3
+            (folder / "config.json").write_text(json.dumps(config))
+        else:
+            os.utime(folder / "model.safetensors", (1, 1))
+        records = evaluate(replace(job, sources=find_models({}, [f"it={folder}"]))).records
+        values.append(records[0]["value"])
+    assert len(measured) == 4 and len(set(values[:3])) == 3 and values[3] == values[2]
+    assert len(json.loads((tmp_path / "r.json").read_text())["records"]) == 1  # of a name the newest
+
+
+def test_without_resume_a_file_is_replaced_and_with_it_other_models_stay(job, tmp_path):
+    path = tmp_path / "r.json"
+    one = replace(job, sources={"half": job.sources["half"]}, results=path)
+    evaluate(replace(one, sources={"original": job.sources["original"]}))
+    evaluate(replace(one, resume=True))
+    assert {r["model"] for r in json.loads(path.read_text())["records"]} == {"original", "half"}
+    assert list(json.loads(path.read_text())["models"]) == ["half"]
+    evaluate(one)
+    assert {r["model"] for r in json.loads(path.read_text())["records"]} == {"half"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"models": {}}', '{"records": [{}], "provenance": []}', '{"records": 1}'])
+def test_a_file_that_is_damaged_or_not_ours_is_refused_and_stays(job, tmp_path, text):
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="--resume"):
+        check(replace(job, results=path, resume=True))
+    assert path.read_text() == text
+
+
+def test_a_broken_model_is_null_in_the_file_and_not_measured_again(job, tmp_path, measured, tokenizer):
+    model = load_model(job.sources["original"], dtype="float32", device="cpu").model
+    model.model.norm.weight.data[0] = math.nan
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    sources = find_models({"original": str(job.sources["original"].path)}, [f"broken={tmp_path / 'broken'}"])
+    job = replace(job, sources=sources, ppl=replace(TWO, datasets=("ptb",)), results=tmp_path / "r.json", resume=True)
+    tables = [report(evaluate(job), form, "en") for form in ("csv", "csv", "json")]
+    assert tables[0] == tables[1] and len(measured) == 2
+    assert json.loads(tables[2])[1]["ppl ptb"] is None
+
+
+def test_efficiency_is_measured_of_all_together_or_not_at_all(job, tmp_path, monkeypatch):
+    calls = []
+    costs = {"parameters": 1, "prefill_rate": 2.0, "decode_rates": {"1": 3.0}, "note": "x"}
+
+    def measure_costs(sources, *_):
+        calls.append(list(sources))
+        print("Efficiency on this machine")
+        return dict.fromkeys(sources, costs)
+
+    monkeypatch.setattr("LLMPruner.stages.measurements.measure_costs", measure_costs)
+    config = EfficiencyConfig(8, 2, 1)
+    job = replace(job, ppl=None, efficiency=config, results=tmp_path / "r.json", resume=True)
+    first, second = evaluate(job), evaluate(job)
+    assert calls == [["original", "pruned", "half", "again"]]
+    assert first.view["efficiency"] == second.view["efficiency"] == dict.fromkeys(job.sources, costs)
+    assert "decode rates.1" not in report(first, "text", "en")  # its own table was printed
+    assert "decode rates.1" in report(second, "text", "en")
+    assert {r["metric"] for r in first.records} == {"parameters", "prefill_rate", "decode_rates.1"}
+    evaluate(replace(job, sources=dict(list(job.sources.items())[:2])))  # beside others it is another measurement
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["nothing"], "NAME=PATH"),
+        (["=path"], "NAME=PATH"),
+        (["name="], "NAME=PATH"),
+        ([" name=path"], "NAME=PATH"),
+        (["a={model}", "a={model}"], "two models are named a"),
+        (["original={model}", "original={model}"], "two models are named original"),
+        (["a=nothere.bin"], "--models a nothere.bin does not exist"),
+        ([], "--models NAME=PATH"),
+    ],
+)
+def test_names_are_names_and_each_is_given_once(trained_dir, given, words):
+    with pytest.raises(UsageError, match=words):
+        find_models({}, [text.format(model=trained_dir) for text in given])
+
+
+def test_a_path_may_have_an_equals_sign(trained_dir, tmp_path):
+    (tmp_path / "a=b").symlink_to(trained_dir)
+    assert find_models({}, [f"x={tmp_path}/a=b"])["x"].path == tmp_path / "a=b"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ppl": None}, "nothing to measure"),
+        ({"resume": True}, "--resume needs --save_results"),
+        ({"baseline": "nobody"}, "--baseline nobody is none of the models: original, pruned, half, again"),
+        ({"ppl": replace(TWO, stride=0)}, "--stride must lie between 1 and --seq_len 32"),
+        ({"ppl": replace(TWO, stride=33)}, "--stride"),
+        ({"efficiency": EfficiencyConfig(), "common": CommonConfig(stream="on")}, "--efficiency measures models in memory"),
+        ({"tasks": TaskConfig(("boolq",)), "common": CommonConfig(stream="on")}, "--tasks measures models in memory"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(job, change, words):
+    with pytest.raises(UsageError, match=words):
+        check(replace(job, **change))
+
+
+def test_tasks_are_for_one_process(job, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UsageError, match="--tasks measures one process"):
+        check(replace(job, tasks=TaskConfig(("boolq",))))
