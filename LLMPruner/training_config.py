@@ -57,6 +57,11 @@ class DistillConfig:
             raise UsageError(f"--teacher_answers must be {', '.join(TEACHER_ANSWERS)}, got {self.teacher_answers}")
         require_at_least("--teacher_draws", self.teacher_draws, 1)
 
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes on disk of the teacher's answer to one token: what it drew, and the entropy."""
+        return 4 * self.teacher_draws + 4
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:

@@ -153,6 +153,21 @@ def test_wrong_settings_change_nothing(command, capsys, flags, words):
     assert words in error and error.count("\n") == 1 and files() == seen
 
 
+def test_a_launcher_that_splits_the_model_is_refused(command, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    seen = files()
+    assert command() == 2
+    assert "FSDP" in capsys.readouterr().err and files() == seen
+
+
+def test_a_disk_without_room_for_checkpoints_and_answers_is_noticed_first(command, monkeypatch, capsys):
+    room = 4_000_000  # enough for the model
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": room})())
+    seen = files()
+    assert command("--distill", "--teacher_draws=9000") == 2
+    assert "free" in capsys.readouterr().err and files() == seen
+
+
 def test_a_teacher_that_reads_other_tokens_is_refused(command, trained_dir, capsys):
     shutil.copytree(trained_dir, "other")
     path = Path("other/tokenizer.json")

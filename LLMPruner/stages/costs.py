@@ -97,6 +97,8 @@ def training(setup: Setup, job: PruneJob) -> Cost:
     work = setup.forward(tokens, config.seq_len, pruned=True) + setup.head_work(tokens, gradient=True)
     once = setup.forward(tokens, config.seq_len, pruned=True).matmul
     work += Work(back=once * (2 if full else 1))
+    if config.distill.distill:  # the dense model's way forward, beside the student or before
+        work += setup.forward(tokens, config.seq_len) + setup.head_work(tokens)
     steps = config.samples * config.epochs // (config.batch_size * config.grad_accum)
     batch = config.batch_size * config.seq_len
     work += Work(traffic=full * 40 * params * steps)

@@ -24,7 +24,7 @@ from LLMPruner.model.device import resolve_device
 from LLMPruner.model.size import checkpoint_bytes, export_bytes
 from LLMPruner.model.source import ModelSource, check_seq_len
 from LLMPruner.stages.journal import FREE, SEARCH_FILE, open_finetune_journal, open_journal
-from LLMPruner.stages.teaching import check_memory, check_packages
+from LLMPruner.stages.teaching import check_memory, check_packages, disk_bytes
 from LLMPruner.training_config import FinetuneConfig
 
 MODEL_FILE, FINETUNED_FILE = "pytorch_model.bin", "pytorch_model_finetuned.bin"  # of an experiment
@@ -174,7 +174,11 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
     _check_text(job)
     # the layers that are finished lie beside the model until the end
     sizes = [geometry.dense_params - budget.target] * (1 + job.save + job.saves_finetuned)
-    _check_space(job, sizes, folder)
+    more = 0
+    if job.finetune is not None:
+        check_packages(job.finetune, job.common)
+        more = disk_bytes(geometry.dense_params, job.finetune)
+    _check_space(job, sizes, folder, more)
     return budget, importance
 
 
@@ -196,7 +200,7 @@ def check_recover(job: RecoverJob, folder: Path) -> None:
         open_finetune_journal(job, folder)
     params = job.source.plan.total_params
     check_memory(params, job.training, job.common)
-    _check_space(job, [params] * job.save, folder)
+    _check_space(job, [params] * job.save, folder, disk_bytes(params, job.training))
 
 
 def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig, prune: PruneConfig | None = None) -> None:
@@ -256,12 +260,12 @@ def _check_not_overwritten(source: ModelSource, folder: Path, names: Iterable[st
             raise UsageError(f"{flag} {folder.name} would overwrite {source.path}: choose another name")
 
 
-def _check_space(job: PruneJob | RecoverJob, checkpoints: Iterable[int], folder: Path) -> None:
-    """Raise UsageError unless the disk holds checkpoints of so many parameters each, and the exports."""
+def _check_space(job: PruneJob | RecoverJob, checkpoints: Iterable[int], folder: Path, more: int = 0) -> None:
+    """Raise UsageError unless the disk holds checkpoints of so many parameters each, the exports, and so many bytes `more`."""
     dtype, device = job.common.dtype, job.common.device
     size = sum(checkpoint_bytes(params, dtype, device) for params in checkpoints)
     size += export_bytes(job.source.geometry.dense_params, job.export, dtype, device)
-    require_free_space(folder, size, "what the run writes")
+    require_free_space(folder, size + more, "what the run writes")
 
 
 def _check_lengths(job: PruneJob) -> None:

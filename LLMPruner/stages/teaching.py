@@ -152,6 +152,13 @@ def caches(journal: Journal, teacher: ModelSource, config: FinetuneConfig, commo
     return journal.once("teacher answers on disk", decide)
 
 
+def disk_bytes(params: int, config: FinetuneConfig) -> int:
+    """Bytes that a training keeps on disk while it runs: checkpoints of what is trained, and the teacher's answers."""
+    moments = 12 * params * 3 if config.method == "full" else 0  # float32, two that are kept and one that is being written
+    asks = config.distill.distill and config.distill.teacher_answers != "beside"
+    return moments + asks * config.samples * config.seq_len * config.distill.answer_bytes
+
+
 def check_packages(config: FinetuneConfig, common: CommonConfig) -> None:
     """Raise UsageError where a setting or the launcher needs what is not here."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # the launcher's own word

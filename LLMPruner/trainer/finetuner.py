@@ -16,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from LLMPruner import parallel
 from LLMPruner.model.load import LoadedModel
 from LLMPruner.model.rates import measure_rates
+from LLMPruner.model.tokenizer import quiet_transformers
 from LLMPruner.trainer.arguments import arguments, autocast_dtype, checks, training_arguments
 from LLMPruner.trainer.batch import Batch, choose_batch
 from LLMPruner.trainer.checkpoints import MarkWhole, last_checkpoint
@@ -61,7 +62,7 @@ def finetune(
     its old weights back.
     """
     model = loaded.model
-    with ExitStack() as stack:
+    with quiet_transformers(), ExitStack() as stack:
         trained = stack.enter_context(_weights(loaded, config, seed))
         folder = places.checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         student = Student(model, config.distill, teacher)
