@@ -12,10 +12,12 @@ import peft
 import pytest
 import torch
 from conftest import each_architecture, geometry_of, half_pruned, plain_text, random_plan, random_windows, tiny_model
+from transformers import AutoModelForCausalLM
 
 from LLMPruner.data.windows import load_windows
 from LLMPruner.errors import RunError
 from LLMPruner.evaluator.ppl import perplexity
+from LLMPruner.export.hf import write_hf
 from LLMPruner.families.llama import LLAMA
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
@@ -246,6 +248,18 @@ def test_progress_is_plain_lines_that_name_first_and_last_step(pruned, windows, 
     assert 20 <= len(lines) <= 24 and "lr" in lines[1]
     output = capfd.readouterr()
     assert "it/s" not in output.err and "train_runtime" not in output.out
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_the_adapter_on_the_export_of_the_pruned_model_is_the_merged_model(pruned, windows, tmp_path, variant):
+    write_hf(tmp_path / "hf", pruned, {})
+    config = replace(LORA, lora=LoraConfig(dropout=0.0, **variant))
+    tune(pruned, config, windows("train", 48), seed=0, adapter=tmp_path / "adapter")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    untrained = logits(exported)
+    adapted = peft.PeftModel.from_pretrained(exported, str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(adapted), logits(pruned.model), rtol=1e-4, atol=1e-4)
+    assert (logits(adapted) - untrained).abs().max() > 0.1
 
 
 def arguments_of(config, count=1000, at_once=1, model=None, seed=0):
