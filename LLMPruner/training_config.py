@@ -80,7 +80,7 @@ class FinetuneConfig:
     weight_decay: float = setting(0.01, "AdamW weight decay")
     optimizer: str = setting("adamw", "adamw_8bit: moments in 8 bits, by the package bitsandbytes, on a GPU")
     check_steps: int | None = setting(
-        None, "steps between checkpoints, each with a loss on held-out text; default: a tenth of all steps"
+        None, "steps between checkpoints, with the loss on held-out text; default: a tenth of all, fewer looks at short runs"
     )
     report_to: str = setting("none", "tensorboard: also write curves for it, below the run's folder")
     dataset: tuple[str, ...] = setting(("wikitext2",), "corpora, files, self (the dense model's text); :WEIGHT may follow")
@@ -127,6 +127,17 @@ class FinetuneConfig:
     def check_every(self, steps: int) -> int:
         """Steps between checkpoints of a training of `steps`: by default each comes with a line that is due anyway."""
         return self.check_steps or 2 * self.log_every(steps)
+
+    def look_every(self, windows: int, held_out: int) -> int:
+        """Checkpoints from one look at so many held-out windows to the next, of a training on `windows`.
+
+        A look costs a third of what training on as many windows does; all looks are to cost no more than a fifth of the training.
+        Whoever sets the steps between checkpoints gets a look at each.
+        """
+        steps = self.steps(windows)
+        checkpoints = math.ceil(steps / self.check_every(steps))
+        affordable = max(1, 3 * windows * self.epochs // (5 * max(1, held_out)))
+        return 1 if self.check_steps else math.ceil(checkpoints / affordable)
 
     def warmup(self, steps: int) -> int:
         """Warm-up steps of a training of `steps`: as given, else few enough that a short run is not spent warming up."""

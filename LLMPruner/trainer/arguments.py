@@ -57,12 +57,12 @@ def arguments(config: FinetuneConfig, steps: int, batch: Batch, folder: Path, mo
     }
 
 
-def checks(text: TrainingText, *, resumed: bool) -> dict[str, Any]:
-    """Arguments for a look at the held-out text before the first step and at every checkpoint, and for keeping the best one."""
+def checks(text: TrainingText, *, first: bool) -> dict[str, Any]:
+    """Arguments for looks at the held-out text, and for keeping the best state; `first`: there is one before the first step."""
     if not text.held_out:
         return {}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-    return {"eval_strategy": "steps", "eval_on_start": not resumed, **best}
+    return {"eval_strategy": "steps", "eval_on_start": first, **best}
 
 
 def training_arguments(values: dict[str, Any], device: torch.device) -> TrainingArguments:

@@ -133,8 +133,10 @@ def _trainer(
     for name, rows in text.held_out.items():
         held_out[name] = Rows(rows, answers, offset)
         offset += len(rows.windows)
-    steps = config.steps(-(-len(windows) // parallel.count()))
-    values = arguments(config, steps, batch, folder, model, seed) | checks(text, resumed=resumed)
+    mine = -(-len(windows) // parallel.count())
+    looks = config.look_every(mine, offset - len(windows))
+    values = arguments(config, config.steps(mine), batch, folder, model, seed)
+    values |= checks(text, first=looks == 1 and not resumed)
     trainer = RecoveryTrainer(
         model=student,
         args=training_arguments(values, model.device),
@@ -142,7 +144,7 @@ def _trainer(
         eval_dataset=held_out or None,
         data_collator=collate,
     )
-    trainer.weights = text.weights
+    trainer.weights, trainer.looks = text.weights, looks
     return trainer
 
 
@@ -156,7 +158,11 @@ def _report(trainer: RecoveryTrainer, config: FinetuneConfig, places: Places, se
     device, dtype = student.model.device, autocast_dtype(student.model) or student.model.dtype
     peak = measure_rates(device, dtype, student.config.hidden_size).matmul
     pace = Pace(tokens, _token_flops(student, config), peak, parallel.count())
-    callbacks: list[TrainerCallback] = [Progress(pace, device), Watch(trainer.args.save_steps, kept), MarkWhole()]
+    callbacks: list[TrainerCallback] = [
+        Progress(pace, device),
+        Watch(trainer.args.save_steps, trainer.looks, kept),
+        MarkWhole(),
+    ]
     if sys.stderr.isatty() and parallel.main():
         callbacks.append(Bar())
     if config.report_to == "tensorboard" and places.curves is not None and parallel.main():

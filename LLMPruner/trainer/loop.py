@@ -46,6 +46,7 @@ class RecoveryTrainer(Trainer):
     """Losses summed over a step's tokens, however many are computed at once; checks of each part; our checkpoints."""
 
     weights: Mapping[str, float]  # of the held-out parts in the loss that decides
+    looks: int  # checkpoints from one look at held-out text to the next
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

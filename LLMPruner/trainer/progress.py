@@ -75,8 +75,9 @@ class Progress(TrainerCallback):
 class Watch(TrainerCallback):
     """Looks at every step's gradient on the device, and reads what it found only where a step is logged or kept."""
 
-    def __init__(self, every: int, kept: str) -> None:
-        self.every, self.kept = every, kept  # steps between checkpoints; where the last one is, in words
+    def __init__(self, every: int, looks: int, kept: str) -> None:
+        # steps between checkpoints; checkpoints from one look at held-out text to the next; where the last one is, in words
+        self.every, self.looks, self.kept = every, looks, kept
         self.broken: torch.Tensor | None = None  # the first step whose gradient was not finite, 0: none
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -98,7 +99,8 @@ class Watch(TrainerCallback):
         """The last step is kept too, and every step that is kept is logged: a continued curve has the same points."""
         if self._kept(state.global_step, state):
             control.should_log = control.should_save = True
-            control.should_evaluate = args.eval_strategy != "no"
+            look = state.global_step == state.max_steps or state.global_step // self.every % self.looks == 0
+            control.should_evaluate = look and args.eval_strategy != "no"
 
     def _kept(self, step: int, state: Any) -> bool:
         return step == state.max_steps or step % self.every == 0

@@ -89,6 +89,23 @@ def test_the_checkpoint_of_another_model_is_refused(trained_dir, text, tmp_path)
         train(trained_dir, text, tmp_path, replace(LORA, lora=LoraConfig(r=3)))
 
 
+def test_looks_at_held_out_text_take_no_more_than_a_fifth_of_a_training():
+    config = FinetuneConfig(batch_size=1, grad_accum=4, epochs=3)
+    assert config.look_every(1000, 16) == 1
+    for windows, held_out in ((64, 16), (64, 32), (200, 32), (30, 100)):
+        steps = config.steps(windows)
+        checkpoints = -(-steps // config.check_every(steps))
+        looks = -(-checkpoints // config.look_every(windows, held_out))
+        assert looks == 1 or looks * held_out / 3 <= windows * 3 / 5
+    assert replace(config, check_steps=2).look_every(30, 100) == 1
+
+
+def test_a_short_training_is_looked_at_in_the_end_and_its_checkpoints_stay(trained_dir, text, tmp_path):
+    record, _ = train(trained_dir, text, tmp_path, replace(LORA, epochs=1, grad_accum=1))
+    assert [row["step"] for row in record["held_out"]] == [6, 12] and record["steps"] == 12
+    assert len([path for path in tmp_path.glob("checkpoint-*")]) == 2
+
+
 def test_the_best_state_is_kept(trained_dir, text, tmp_path):
     config = replace(LORA, method="full", lr=2e-3, epochs=12, check_steps=6, warmup_steps=0)  # learns the few windows by heart
     record, weights = train(trained_dir, text, tmp_path, config)
