@@ -229,7 +229,8 @@ def _measure_model(
 
     missing = evaluation.missing(name)
     if not missing:
-        logger.info("%s: all was measured before", name)
+        if evaluation.asked:
+            logger.info("%s: all was measured before", name)
         return
     # `check_resident` has seen that it fits
     common = replace(job.common, stream="off") if job.resident else job.common
