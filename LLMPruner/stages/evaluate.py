@@ -257,9 +257,8 @@ def _time_exports(job: EvaluationJob, evaluation: Evaluation) -> None:
     """Speed of all models in their engine, always anew."""
     start = time.perf_counter()
     evaluation.times = extras.time_exports(job.sources, job.extras, job.common, job.dense)
-    measurement, figures = extras.engine_records(
-        evaluation.times, job.extras.engine.engine_threads, evaluation.results.run["hardware"]
-    )
+    hardware = evaluation.results.run["hardware"]
+    measurement, figures = extras.engine_records(evaluation.times, job.sources, job.extras, hardware)
     for name in evaluation.subjects:
         evaluation.keep(name, measurement, figures[name], time.perf_counter() - start)
 

@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner import parallel
@@ -73,7 +74,12 @@ def check(sources: Sources, extras: Extras) -> None:
     tokens = extras.lengths.prompt_tokens + extras.lengths.new_tokens
     for source in sources.values():
         check_seq_len(source, "--efficiency_prompt_tokens and --efficiency_new_tokens together", tokens)
-    check_engine({name: source.path for name, source in sources.items()}, extras.engine)
+    check_engine(exports(sources, extras.engine), extras.engine)
+
+
+def exports(sources: Sources, config: EngineConfig) -> dict[str, Path]:
+    """What the engine reads, by the models' names."""
+    return config.exports({name: source.path for name, source in sources.items()})
 
 
 def generation_measurement(
@@ -111,16 +117,20 @@ def time_exports(sources: Sources, extras: Extras, common: CommonConfig, baselin
     if gpu:  # the engine is another process: what torch keeps for itself is missing there
         gc.collect()
         torch.cuda.empty_cache()
-    paths = {name: sources[name].path for name in sorted(sources, key=lambda name: name != baseline)}
+    paths = dict(sorted(exports(sources, extras.engine).items(), key=lambda pair: pair[0] != baseline))
     logger.info("timing %s in %s", ", ".join(paths), extras.engine.engine)
     return time_engine(paths, extras.engine, extras.lengths, gpu=gpu)
 
 
-def engine_records(times: EngineTimes, threads: int | None, hardware: str) -> tuple[Measurement, dict[str, list[Figure]]]:
+def engine_records(
+    times: EngineTimes, sources: Sources, extras: Extras, hardware: str
+) -> tuple[Measurement, dict[str, list[Figure]]]:
     """What was timed, as the results file keeps it: figures by model. It is never re-used: another run is another minute."""
     settings = {name: value for name, value in times.as_dict().items() if name not in ("engine", "speeds")}
-    settings |= {"threads": threads, "hardware": hardware}
-    figures = {name: [Figure(phase, rate) for phase, rate in asdict(speed).items()] for name, speed in times.speeds.items()}
+    settings |= {"threads": extras.engine.engine_threads, "hardware": hardware}
+    figures = {}
+    for name, path in exports(sources, extras.engine).items():
+        figures[name] = [Figure(phase, rate, facts={"export": str(path)}) for phase, rate in asdict(times.speeds[name]).items()]
     return Measurement("engine", times.engine, settings), figures
 
 

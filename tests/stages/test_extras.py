@@ -100,12 +100,12 @@ def test_what_was_said_before_is_not_asked_again(command, trained_dir, pruned, c
     assert saved()["generations"]["models"] == answers
 
 
-def test_an_engine_times_the_exports_after_all_else(command, trained_dir, tmp_path, capsys, engine):  # noqa: F811
-    loaded, files = load_model(find_model(str(trained_dir), ""), dtype="float32", device="cpu"), []
-    for kind in ("f32", "f16"):
-        files.append(tmp_path / f"{kind}.gguf")
-        write_gguf(files[-1], loaded, kind)
-    flags = ["--models", f"wide={files[0]}", f"half={files[1]}", "--baseline=half", "--save_results=r.json"]
+def test_an_engine_times_the_exports_after_all_else(command, trained_dir, pruned, tmp_path, capsys, engine):  # noqa: F811
+    files = [tmp_path / "wide.gguf", tmp_path / "half.gguf"]
+    for path, model in zip(files, (trained_dir, pruned), strict=True):
+        write_gguf(path, load_model(find_model(str(model), ""), dtype="float32", device="cpu"), "f32")
+    flags = ["--models", f"wide={files[0]}", f"half={pruned}", "--baseline=half", "--save_results=r.json"]
+    flags += ["--engine_exports", f"half={files[1]}"]  # pruned GGUFs are llama.cpp's alone
     flags += ["--efficiency_prompt_tokens=8", "--efficiency_new_tokens=4", "--efficiency_repeats=2"]
     flags += ["--engine=llama.cpp", f"--engine_python={engine.python}", "--engine_threads=1"]
     assert command(*flags, "--no_ppl", "--table_lang=en") == 0
@@ -122,6 +122,7 @@ def test_an_engine_times_the_exports_after_all_else(command, trained_dir, tmp_pa
     assert command(*flags[:5], "--resume") == 0  # without the engine
     kept = [record for record in saved()["records"] if record["kind"] == "engine"]
     assert "engine" not in saved() and len(kept) == 4 and kept[1]["settings"]["version"] == "7.5"
+    assert [record["export"] for record in kept[1:3]] == [str(file) for file in files] and kept[2]["path"] == str(pruned)
     assert [(r["model"], r["metric"]) for r in kept] == [(m, p) for m in ("wide", "half") for p in ("prefill", "decode")]
 
 
@@ -136,7 +137,12 @@ def test_an_engine_times_the_exports_after_all_else(command, trained_dir, tmp_pa
         (["--generate_tokens=5"], "--generate_tokens needs --generate"),
         (["--generate=x", "--stream=on"], "--generate measures models in memory: run it without --stream on"),
         (["--generate", "cat " * 250], "64 new ones are more than 256 positions"),
-        (["--engine_threads=2"], "need --engine"),
+        (["--engine_threads=2"], "needs --engine"),
+        (["--engine_exports", "original=m.gguf"], "--engine_exports needs --engine"),
+        (
+            ["--engine=vllm", "--efficiency_prompt_tokens=9", "--engine_exports", "pruned=x"],
+            "each NAME of original; got 'pruned=x'",
+        ),
         (["--engine=tgi"], "--engine"),
         (["--engine=llama.cpp", "--efficiency_prompt_tokens=9"], "--engine llama.cpp times exports, and original is"),
         (["--engine=vllm", "--efficiency_prompt_tokens=250"], "together 282 is longer"),
