@@ -12,12 +12,14 @@ from pathlib import Path
 
 from LLMPruner import cli, parallel
 from LLMPruner.config import EfficiencyConfig, EvalConfig, require_at_least
+from LLMPruner.evaluator.engines import EngineConfig
 from LLMPruner.evaluator.overview import FORMATS
 from LLMPruner.evaluator.plots import PLOT_SUFFIXES, check_plot
 from LLMPruner.evaluator.table import LANGUAGES, ROLES
 from LLMPruner.evaluator.tasks import TaskConfig
 from LLMPruner.run import start_logging, stop_logging
-from LLMPruner.stages.evaluate import EvaluationJob, check, draw, evaluate, find_models, report
+from LLMPruner.stages.evaluate import EvaluationJob, check, draw, evaluate, find_models, tell
+from LLMPruner.stages.extras import Extras, GenerateConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_settings(parser, TaskConfig, "tasks")
     parser.add_argument("--efficiency", action="store_true", help="also measure size, FLOPs, KV cache, speed and memory")
     cli.add_settings(parser, EfficiencyConfig, "efficiency", prefix="efficiency_")
+    cli.add_settings(parser, EngineConfig, "engine")
+    cli.add_settings(parser, GenerateConfig, "generation")
     cli.add_eval_flags(parser, seq_len=False)
     cli.add_common_flags(parser)
     return parser
@@ -50,14 +54,15 @@ def job_of(args: argparse.Namespace, argv: Sequence[str]) -> EvaluationJob:
     """What the flags ask for, its settings checked and its models found."""
     require_at_least("--seq_len", args.seq_len, 2)  # EvalConfig would call it --eval_seq_len
     ppl = replace(cli.eval_config(args, args.seq_len), stride=args.stride)
-    tasks = TaskConfig(**cli.settings_of(TaskConfig, args) | {"tasks": tuple(args.tasks)})
-    efficiency = EfficiencyConfig(**cli.settings_of(EfficiencyConfig, args, "efficiency_"))
+    tasks = cli.config_of(TaskConfig, args)
+    efficiency = cli.config_of(EfficiencyConfig, args, "efficiency_")
     roles = {role: getattr(args, f"{role}_model") for role in ROLES if getattr(args, f"{role}_model") is not None}
     return EvaluationJob(
         find_models(roles, args.models),
         ppl=ppl if args.ppl else None,
         tasks=tasks if args.tasks else None,
         efficiency=efficiency if args.efficiency else None,
+        extras=Extras(cli.config_of(GenerateConfig, args), cli.config_of(EngineConfig, args), efficiency),
         common=cli.common_config(args),
         baseline=args.baseline,
         results=None if args.save_results is None else Path(args.save_results).expanduser(),
@@ -80,7 +85,7 @@ def recipe(argv: Sequence[str]) -> None:
         finally:
             stop_logging(handlers)
     if parallel.main():
-        print(report(evaluation, args.format, args.table_lang))
+        tell(evaluation, args.format, args.table_lang)
         if args.plot is not None:
             draw(Path(args.plot).expanduser(), evaluation, args.table_lang)
 

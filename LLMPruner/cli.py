@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from LLMPruner import parallel
 from LLMPruner.config import (
@@ -38,6 +38,8 @@ from LLMPruner.training_config import OPTIMIZERS, REPORTS, TEACHER_ANSWERS, Dist
 
 # Without it cuBLAS is not deterministic under `model.device.deterministic`; read when torch first uses the GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+Config = TypeVar("Config")
 
 
 class Parser(argparse.ArgumentParser):
@@ -160,6 +162,11 @@ def settings_of(config: type, args: argparse.Namespace, prefix: str = "") -> dic
     names = [entry.name for entry in fields(config) if "help" in entry.metadata and hasattr(args, prefix + entry.name)]
     values = {name: getattr(args, prefix + name) for name in names}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def config_of(config: type[Config], args: argparse.Namespace, prefix: str = "") -> Config:
+    """The `config` that the flags `--<prefix><name>` describe."""
+    return config(**settings_of(config, args, prefix))
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from LLMPruner.config import EfficiencyConfig, require_at_least, setting
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.evaluator import engine_timer
+from LLMPruner.files import existing_path
 
 PACKAGES = {"llama.cpp": "llama-cpp-python", "vllm": "vllm"}
 EXPORTS = {"llama.cpp": "gguf", "vllm": "hf"}  # what each of them reads
@@ -29,14 +30,27 @@ class EngineConfig:
     engine: str | None = setting(None, "time the models, which must be exports for it, in this engine too")
     engine_python: str | None = setting(None, "Python of the environment that the engine is installed in; default: this one")
     engine_threads: int | None = setting(None, "threads of llama.cpp; default: as many as there are cores")
+    engine_exports: tuple[str, ...] = setting((), "NAME=PATH: what the engine reads of a model that is no export for it")
 
     def __post_init__(self) -> None:
-        if self.engine is None and (self.engine_python is not None or self.engine_threads is not None):
-            raise UsageError(f"--engine_python and --engine_threads need --engine {' or '.join(PACKAGES)}")
+        for entry in fields(self) if self.engine is None else ():
+            if getattr(self, entry.name) != entry.default:
+                raise UsageError(f"--{entry.name} needs --engine {' or '.join(PACKAGES)}")
         if self.engine is not None and self.engine not in PACKAGES:
             raise UsageError(f"--engine must be {' or '.join(PACKAGES)}, got {self.engine}")
         if self.engine_threads is not None:
             require_at_least("--engine_threads", self.engine_threads, 1)
+
+    def exports(self, paths: Mapping[str, Path]) -> dict[str, Path]:
+        """What the engine reads of models by name: an export, else the model itself. Raises UsageError for a wrong NAME."""
+        found: dict[str, Path] = {}
+        for given in self.engine_exports:
+            name, _, path = given.partition("=")
+            if name not in paths or name in found or not path:
+                names = ", ".join(paths)
+                raise UsageError(f"--engine_exports takes NAME=PATH, once for each NAME of {names}; got {given!r}")
+            found[name] = existing_path(path, "--engine_exports")
+        return {name: found.get(name, path) for name, path in paths.items()}
 
     @property
     def python(self) -> str:
@@ -78,7 +92,7 @@ def check_engine(paths: Mapping[str, Path], config: EngineConfig) -> None:
         if not (path.suffix == ".gguf" and path.is_file() if wanted == "gguf" else (path / "config.json").is_file()):
             raise UsageError(
                 f"--engine {config.engine} times exports, and {name} is {path}: write one by "
-                f"python -m LLMPruner.export {path} --format {wanted}"
+                f"python -m LLMPruner.export {path} --format {wanted} and give it by --engine_exports {name}=PATH"
             )
         if wanted == "hf":
             trusted(path)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
     from LLMPruner.model.load import LoadedModel
+    from LLMPruner.plan import Geometry
 
 DISTINCT, REPEATED = (1, 2, 3), 4  # lengths of n-grams
 WIDTH = 128  # of the texts side by side
@@ -46,16 +47,7 @@ def generate(loaded: LoadedModel, prompt: str, *, new_tokens: int) -> Generation
     """
     if loaded.streamed is not None:
         raise UsageError("--generate needs the weights in memory, every token would read them all: run it without --stream on")
-    ids = prompt_ids(loaded.tokenizer, prompt)
-    geometry, positions = loaded.plan.geometry, loaded.plan.geometry.max_positions
-    if ids.max() >= geometry.vocab_size:
-        raise UsageError(
-            f"--generate: the tokenizer writes the prompt with token {int(ids.max())}, the model embeds {geometry.vocab_size}"
-        )
-    if ids.shape[1] + new_tokens > positions:
-        raise UsageError(
-            f"--generate: {ids.shape[1]} tokens of the prompt and {new_tokens} new ones are more than {positions} positions"
-        )
+    ids = fitting_ids(loaded.tokenizer, loaded.plan.geometry, prompt, new_tokens)
     stops = stop_tokens(loaded.model)
     answer = greedy(loaded.model, ids, new_tokens, stops=stops)[0, ids.shape[1] :].tolist()
     ended = answer[-1] in stops
@@ -69,6 +61,21 @@ def generate(loaded: LoadedModel, prompt: str, *, new_tokens: int) -> Generation
         {size: distinct(answer, size) for size in DISTINCT},
         None if repetition is None else 1 - repetition,
     )
+
+
+def fitting_ids(tokenizer: PreTrainedTokenizerBase, geometry: Geometry, prompt: str, new_tokens: int) -> torch.Tensor:
+    """`prompt_ids`. Raises UsageError where the model does not embed them, or has no positions for them and the new ones."""
+    ids = prompt_ids(tokenizer, prompt)
+    if ids.max() >= geometry.vocab_size:
+        raise UsageError(
+            f"--generate: the tokenizer writes the prompt with token {int(ids.max())}, the model embeds {geometry.vocab_size}"
+        )
+    if ids.shape[1] + new_tokens > geometry.max_positions:
+        raise UsageError(
+            f"--generate: {ids.shape[1]} tokens of the prompt and {new_tokens} new ones are more than "
+            f"{geometry.max_positions} positions"
+        )
+    return ids
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:

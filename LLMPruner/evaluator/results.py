@@ -47,9 +47,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured: PPL of a corpus, a task, or efficiency; `settings` are plain values, among them a hash of the text."""
+    """What is measured: PPL of a corpus, a task, and so on; `settings` are plain values, among them a hash of the text."""
 
-    kind: str  # ppl, task or efficiency
+    kind: str  # ppl, task, efficiency, generation or engine
     name: str
     settings: Mapping[str, Any] = field(hash=False)
 

@@ -6,29 +6,27 @@ is missing; every figure is in the results file before the next one is measured.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import LLMPruner
 from LLMPruner import parallel
 from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
 from LLMPruner.data.corpora import check_corpus
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.compare import flag_of
 from LLMPruner.evaluator.overview import FORMATS, Overview, as_text, overview
-from LLMPruner.evaluator.results import Figure, Measurement, Record, Results, Subject, described, read_results
+from LLMPruner.evaluator.results import Figure, Measurement, Record, Results, Subject, read_results
 from LLMPruner.evaluator.table import ROLES, comparison_table, in_order, results_json, tables_of
 from LLMPruner.evaluator.tasks import TaskConfig, check_tasks
 from LLMPruner.files import check_output_file
-from LLMPruner.model.source import SMALL_FILES, ModelSource, check_seq_len, find_model, weight_files
-from LLMPruner.run import versions
+from LLMPruner.model.source import ModelSource, check_seq_len, find_model
+from LLMPruner.stages import extras
+from LLMPruner.stages.extras import Extras
 from LLMPruner.stages.measurements import (
     Make,
     Tokenizers,
@@ -37,8 +35,10 @@ from LLMPruner.stages.measurements import (
     ppl_measurements,
     task_measurements,
 )
+from LLMPruner.stages.subjects import provenance, subject_of
 
 if TYPE_CHECKING:
+    from LLMPruner.evaluator.engines import EngineTimes
     from LLMPruner.evaluator.ppl import Perplexity
 
 logger = logging.getLogger("LLMPruner")
@@ -52,6 +52,7 @@ class EvaluationJob:
     ppl: EvalConfig | None = EvalConfig()
     tasks: TaskConfig | None = None
     efficiency: EfficiencyConfig | None = None
+    extras: Extras = Extras()
     common: CommonConfig = CommonConfig()
     baseline: str | None = None  # the others are compared to it; None: the original, else the first
     results: Path | None = None
@@ -62,6 +63,11 @@ class EvaluationJob:
     def dense(self) -> str:
         """The name of the model that the others are compared to."""
         return self.baseline or ("original" if "original" in self.sources else next(iter(self.sources)))
+
+    @property
+    def resident(self) -> bool:
+        """Whether tasks or a prompt need the weights in memory."""
+        return self.tasks is not None or self.extras.prompt is not None
 
 
 def find_models(roles: Mapping[str, str], others: Sequence[str]) -> dict[str, ModelSource]:
@@ -84,8 +90,8 @@ def find_models(roles: Mapping[str, str], others: Sequence[str]) -> dict[str, Mo
 
 def check(job: EvaluationJob) -> None:
     """Raise UsageError for what cannot be done, before torch is imported."""
-    if job.ppl is None and job.tasks is None and job.efficiency is None:
-        raise UsageError("nothing to measure: --no_ppl needs --tasks or --efficiency")
+    if job.ppl is None and job.tasks is None and job.efficiency is None and not job.extras.asked:
+        raise UsageError("nothing to measure: --no_ppl needs --tasks, --efficiency, --generate or --engine")
     if job.dense not in job.sources:
         raise UsageError(f"--baseline {job.dense} is none of the models: {', '.join(job.sources)}")
     if job.results is not None:
@@ -94,12 +100,13 @@ def check(job: EvaluationJob) -> None:
             read_results(job.results)
     elif job.resume:
         raise UsageError("--resume needs --save_results FILE: it has what was measured")
-    for flag, asked in (("--efficiency", job.efficiency), ("--tasks", job.tasks)):
+    for flag, asked in (("--efficiency", job.efficiency), ("--tasks", job.tasks), ("--generate", job.extras.prompt)):
         if asked is not None and job.common.stream == "on":
             raise UsageError(f"{flag} measures models in memory: run it without --stream on")
         if asked is not None and parallel.count() > 1:
             raise UsageError(f"{flag} measures one process: run it without the launcher")
     _check_lengths(job)
+    extras.check(job.sources, job.extras)
     if job.tasks is not None:
         check_tasks(job.tasks)
     for name in job.ppl.datasets if job.ppl is not None else ():
@@ -127,6 +134,7 @@ class Evaluation:
     ) -> None:
         self.job, self.subjects, self.results, self.asked = job, subjects, results, asked
         self.told: set[str] = set()  # kinds whose tables were printed as they were measured
+        self.times: EngineTimes | None = None  # in the engine
 
     def missing(self, name: str) -> list[Measurement]:
         """What is still to be measured of a model."""
@@ -175,6 +183,7 @@ class Evaluation:
         said |= {name: self.results.run[name] for name in ("dtype", "versions")}
         costs = {record["model"]: record["details"] for record in self.records if "details" in record}
         said |= {"efficiency": costs} if costs else {}
+        said |= extras.view(job.extras, self.records, self.times)
         paths = {name: subject.path for name, subject in self.subjects.items()}
         return results_json(self.perplexities, self.parameters, paths, **said)
 
@@ -191,13 +200,14 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     """Measure what the results file has not, and keep it there. Raises UsageError for what only texts and tokenizers tell."""
     from LLMPruner.model.load import load_tokenizer
 
-    run, measures = _provenance(job), {}
+    run, measures = provenance(job.common, job.command), {}
     tokenizers = {name: load_tokenizer(source) for name, source in job.sources.items()}
     if job.ppl is not None:
         measures |= ppl_measurements(job.sources, tokenizers, job.ppl, job.common)
     if job.tasks is not None:
         measures |= task_measurements(job.sources, tokenizers, job.tasks, job.common)
-    subjects = {name: _subject(name, source) for name, source in job.sources.items()}
+    measures |= extras.generation_measurement(job.sources, tokenizers, job.extras.generate, job.common)
+    subjects = {name: subject_of(name, source) for name, source in job.sources.items()}
     results = Results.opened(job.results, run, resume=job.resume)
     evaluation = Evaluation(job, subjects, results, list(measures))
     for name in subjects:
@@ -205,6 +215,8 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     if job.efficiency is not None:
         evaluation.asked.append(efficiency_measurement(subjects, job.efficiency, results.run["hardware"]))
         _measure_together(job, evaluation, tokenizers)
+    if job.extras.engine.engine is not None:
+        _time_exports(job, evaluation)
     evaluation.save()
     return evaluation
 
@@ -217,10 +229,11 @@ def _measure_model(
 
     missing = evaluation.missing(name)
     if not missing:
-        logger.info("%s: all was measured before", name)
+        if evaluation.asked:
+            logger.info("%s: all was measured before", name)
         return
-    # tasks need it in memory, where `task_measurements` has seen that it fits
-    common = job.common if job.tasks is None else replace(job.common, stream="off")
+    # `check_resident` has seen that it fits
+    common = replace(job.common, stream="off") if job.resident else job.common
     with opened(job.sources[name], common, tokenizers[name]) as loaded:
         for measurement in missing:
             start = time.perf_counter()
@@ -240,6 +253,16 @@ def _measure_together(job: EvaluationJob, evaluation: Evaluation, tokenizers: To
     evaluation.told.add("efficiency")
 
 
+def _time_exports(job: EvaluationJob, evaluation: Evaluation) -> None:
+    """Speed of all models in their engine, always anew."""
+    start = time.perf_counter()
+    evaluation.times = extras.time_exports(job.sources, job.extras, job.common, job.dense)
+    hardware = evaluation.results.run["hardware"]
+    measurement, figures = extras.engine_records(evaluation.times, job.sources, job.extras, hardware)
+    for name in evaluation.subjects:
+        evaluation.keep(name, measurement, figures[name], time.perf_counter() - start)
+
+
 def overview_of(evaluation: Evaluation, lang: str) -> Overview:
     """The general table of all models."""
     return overview(evaluation.records, list(evaluation.subjects), evaluation.job.dense, lang)
@@ -257,38 +280,18 @@ def report(evaluation: Evaluation, form: str, lang: str) -> str:
     return "\n\n".join([*parts, *as_text(table, lang, left)])
 
 
+def tell(evaluation: Evaluation, form: str, lang: str) -> None:
+    """Print the tables, and after them what is no table: to stderr where a pipe reads the tables."""
+    tables, more = report(evaluation, form, lang), extras.text(evaluation.job.extras, evaluation.records, evaluation.times)
+    if form == "text":
+        print("\n\n".join(filter(None, (tables, more))))
+    else:
+        print(tables)
+        print(more, end="\n" if more else "", file=sys.stderr)
+
+
 def draw(path: Path, evaluation: Evaluation, lang: str) -> None:
     """The picture of `--plot`."""
     from LLMPruner.evaluator.plots import plot_overview
 
     plot_overview(path, overview_of(evaluation, lang), lang)
-
-
-def _subject(name: str, source: ModelSource) -> Subject:
-    """The model with a hash of all its files: of the weights samples and when they were written, of the others everything."""
-    digest = hashlib.sha256(source.fingerprint().encode())
-    for path in weight_files(source):
-        digest.update(str(path.stat().st_mtime_ns).encode())
-    if source.kind == "hf":
-        for path in sorted({path for pattern in SMALL_FILES for path in source.path.glob(pattern)}):
-            digest.update(path.name.encode() + path.read_bytes())
-    return Subject(name, os.fspath(source.path), source.plan.total_params, digest.hexdigest()[:32])
-
-
-def _provenance(job: EvaluationJob) -> dict[str, Any]:
-    """Where and how this run measures."""
-    import torch
-
-    from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
-
-    device = resolve_device(job.common.device)
-    on_gpu = device.type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return described(
-        command=job.command,
-        seed=job.common.seed,
-        device=device.type,
-        hardware=hardware,
-        dtype=dtype_name(resolve_dtype(job.common.dtype, device)),
-        versions={"LLMPruner": LLMPruner.__version__, **versions()},
-    )

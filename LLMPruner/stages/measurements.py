@@ -52,7 +52,7 @@ def task_measurements(
 ) -> dict[Measurement, Make]:
     """The tasks, whose examples are read now. Raises UsageError where a model lacks the chat template, or would be streamed."""
     for name, source in sources.items():
-        _check_resident(name, source, common)
+        check_resident("--tasks", name, source, common)
         if config.apply_chat_template and tokenizers[name].chat_template is None:
             raise UsageError(f"--apply_chat_template: {flag_of(name)} has no chat template, leave the flag out")
 
@@ -66,12 +66,12 @@ def task_measurements(
     }
 
 
-def _check_resident(name: str, source: ModelSource, common: CommonConfig) -> None:
+def check_resident(flag: str, name: str, source: ModelSource, common: CommonConfig) -> None:
     """Raise UsageError where a model would have to be streamed."""
     from LLMPruner.model.fit import streaming
 
     if streaming(source, common, Path()) is not None:
-        raise UsageError(f"--tasks measures models in memory, and {flag_of(name)} does not fit: use a larger device")
+        raise UsageError(f"{flag} measures models in memory, and {flag_of(name)} does not fit: use a larger device")
 
 
 def efficiency_measurement(subjects: Mapping[str, Subject], config: EfficiencyConfig, hardware: str) -> Measurement:

@@ -124,7 +124,9 @@ def test_a_python_may_be_named_from_here(engine, models, tmp_path, monkeypatch):
 
 
 def test_what_is_no_export_for_the_engine_is_refused(engine, models, tmp_path):
-    with pytest.raises(UsageError, match=r"pruned is m.bin: write one by python -m LLMPruner.export m.bin --format gguf"):
+    with pytest.raises(
+        UsageError, match=r"pruned is m.bin: write one by python -m LLMPruner.export m.bin --format gguf and .* pruned=PATH"
+    ):
         check_engine(models | {"pruned": Path("m.bin")}, engine)
     with pytest.raises(UsageError, match="--format hf"):
         check_engine(models, replace(engine, engine="vllm"))
@@ -148,7 +150,7 @@ def test_code_that_an_export_brings_is_this_packages_own(tmp_path):
     ("settings", "words"),
     [
         ({"engine": "tgi"}, "--engine must be llama.cpp or vllm, got tgi"),
-        ({"engine_python": "python"}, "need --engine"),
+        ({"engine_python": "python"}, "--engine_python needs --engine"),
         ({"engine": "vllm", "engine_threads": 0}, "--engine_threads must be 1 or more"),
     ],
 )
