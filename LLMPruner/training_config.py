@@ -131,7 +131,7 @@ class FinetuneConfig:
     def look_every(self, windows: int, held_out: int) -> int:
         """Checkpoints from one look at so many held-out windows to the next, of a training on `windows`.
 
-        A look costs a third of what training on as many windows does; all looks are to cost no more than a fifth of the training.
+        A look costs a third of what training on as many windows does; all looks may cost a fifth of the training.
         Whoever sets the steps between checkpoints gets a look at each.
         """
         steps = self.steps(windows)

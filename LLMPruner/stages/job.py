@@ -174,11 +174,7 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
     _check_text(job)
     # the layers that are finished lie beside the model until the end
     sizes = [geometry.dense_params - budget.target] * (1 + job.save + job.saves_finetuned)
-    more = 0
-    if job.finetune is not None:
-        check_packages(job.finetune, job.common)
-        more = disk_bytes(geometry.dense_params, job.finetune)
-    _check_space(job, sizes, folder, more)
+    _check_space(job, sizes, folder, 0 if job.finetune is None else disk_bytes(geometry.dense_params, job.finetune))
     return budget, importance
 
 
@@ -293,3 +289,4 @@ def _check_text(job: PruneJob) -> None:
         check_corpus(corpus, job.common.data_dir, split, seq_len, job.common.text_format)
     if job.finetune is not None:
         check_mixture(job.finetune, job.common)
+        check_packages(job.finetune, job.common)
