@@ -58,6 +58,8 @@ def build_job(args: argparse.Namespace) -> PruneJob:
     finetune = cli.finetune_config(args, "finetune_", args.finetune_method)
     if args.distill and not args.finetune:
         raise UsageError("--distill is a way to fine-tune: add --finetune")
+    if args.teacher is not None:
+        raise UsageError("--teacher is for test_finetuning.py: here the model that is pruned is the teacher")
     return PruneJob(
         prune=config,
         common=cli.common_config(args),

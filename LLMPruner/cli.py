@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from LLMPruner import parallel
@@ -262,6 +262,8 @@ def finetune_config(args: argparse.Namespace, prefix: str, method: str) -> Finet
         raise UsageError(f"--{' and --'.join(wanted)} {'needs' if len(wanted) == 1 else 'need'} {needed}")
     values = settings_of(FinetuneConfig, args, prefix)
     distill = DistillConfig(**settings_of(DistillConfig, args))
+    if not distill.distill and replace(distill, teacher=None) != DistillConfig():
+        raise UsageError("--distill_alpha, --distill_temperature, --teacher_answers and --teacher_draws need --distill")
     return FinetuneConfig(method=method, lora=lora_config(args), distill=distill, prefix=f"--{prefix}", **values)
 
 

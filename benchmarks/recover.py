@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script of t
 from LLMPruner import cli
 from LLMPruner.config import require_at_least
 from LLMPruner.data.corpora import check_corpus
-from LLMPruner.errors import RunError
-from LLMPruner.files import check_output_folder, read_json_file
+from LLMPruner.errors import RunError, UsageError
+from LLMPruner.files import check_output_folder, read_json_file, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TAUGHT = ["--distill", "--dataset", "{corpus}:0.5", "self:0.5"]
@@ -53,6 +53,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def local(path: str) -> str:
+    """A path as it is called from the output folder; a name stays one."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def same_campaign(args: argparse.Namespace, output: Path) -> None:
+    """Write down what the campaign is. Raises UsageError where the folder has another one, whose figures would be taken."""
+    asked, path = (
+        {name: value for name, value in vars(args).items() if name not in ("output", "ways")},
+        output / "campaign.json",
+    )
+    asked = json.loads(json.dumps(asked))
+    if path.is_file():
+        before = read_json_file(path, "--output: the campaign")
+        for name in asked:
+            if before.get(name) != asked[name]:
+                was = f"was {before.get(name)!r}, is {asked[name]!r}"
+                raise UsageError(f"--output {output} has a campaign whose --{name} {was}: choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(path, asked)
+
+
 def once(args: argparse.Namespace, folder: Path, journal: str, script: str, *flags: str) -> None:
     """Run a script unless its journal below `folder` says that it is finished; go on where it stopped. Raises RunError."""
     place = Path(args.output, folder, journal)
@@ -75,11 +97,13 @@ def call(args: argparse.Namespace, script: str, *flags: str) -> None:
 def recipe(argv: Sequence[str]) -> None:
     """Prune, recover, compare, print."""
     args = parse(argv)
+    args.base_model, args.corpus = local(args.base_model), local(args.corpus)
+    args.eval_datasets = [local(name) for name in args.eval_datasets]
     output = check_output_folder(args.output, "--output")
     require_at_least("--samples", args.samples, 1)
     for corpus in {args.corpus, *args.eval_datasets}:
         check_corpus(corpus, args.data_dir, "train" if corpus == args.corpus else "test", args.seq_len)
-    output.mkdir(parents=True, exist_ok=True)
+    same_campaign(args, output)
     prune = ["--base_model", args.base_model, "--save_ckpt_log_name", PRUNED.name, "--prune_mlp", "--save_model"]
     prune += ["--pruning_ratio", str(args.pruning_ratio), "--calibration_dataset", args.corpus]
     prune += [] if args.preset is None else ["--preset", args.preset]

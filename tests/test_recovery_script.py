@@ -138,7 +138,8 @@ def test_another_command_is_not_resumed_and_the_difference_is_named(command, mon
         (["--distill", "--teacher=/nowhere"], "--teacher"),
         (["--distill", "--distill_alpha=0"], "--distill_alpha"),
         (["--distill", "--distill_temperature=nan"], "--distill_temperature"),
-        (["--teacher_draws=0"], "--teacher_draws"),
+        (["--distill", "--teacher_draws=0"], "--teacher_draws"),
+        (["--teacher_draws=7"], "need --distill"),
         (["--micro_batch=3"], "must divide"),
         (["--check_steps=0"], "--check_steps"),
         (["--optimizer=adamw_8bit"], "bitsandbytes"),
@@ -222,3 +223,6 @@ def test_distillation_without_fine_tuning_is_refused(trained_dir, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert pruning.main([f"--base_model={trained_dir}", "--save_ckpt_log_name=x", "--distill"]) == 2
     assert "add --finetune" in capsys.readouterr().err and not list(Path().iterdir())
+    flags = ["--finetune", "--distill", "--teacher=x"]
+    assert pruning.main([f"--base_model={trained_dir}", "--save_ckpt_log_name=x", *flags]) == 2
+    assert "--teacher is for test_finetuning.py" in capsys.readouterr().err and not list(Path().iterdir())

@@ -172,10 +172,17 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
         file = Path(config.layer_importance_file)
         importance = LayerImportance.load(file, job.source.fingerprint(), geometry.num_layers)
     _check_text(job)
-    # the layers that are finished lie beside the model until the end
-    sizes = [geometry.dense_params - budget.target] * (1 + job.save + job.saves_finetuned)
-    _check_space(job, sizes, folder, 0 if job.finetune is None else disk_bytes(geometry.dense_params, job.finetune))
+    _check_room(job, geometry.dense_params - budget.target, folder)
     return budget, importance
+
+
+def _check_room(job: PruneJob, params: int, folder: Path) -> None:
+    """Raise UsageError where memory or disk have no room for what a run does whose pruned model has so many parameters."""
+    if job.finetune is not None:
+        check_memory(params, job.finetune, job.common)
+    # the layers that are finished lie beside the model until the end
+    sizes = [params] * (1 + job.save + job.saves_finetuned)
+    _check_space(job, sizes, folder, 0 if job.finetune is None else disk_bytes(params, job.finetune))
 
 
 def check_recover(job: RecoverJob, folder: Path) -> None:

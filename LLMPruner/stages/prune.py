@@ -224,7 +224,7 @@ def _heal(job: PruneJob, run: Run, loaded: LoadedModel, plan: PruningPlan, text:
 def _answers(job: PruneJob, run: Run, loaded: LoadedModel, text: TrainingText, journal: Journal) -> DrawnAnswers | None:
     """The dense model's answers to the text of a fine-tuning, where they are kept on disk."""
     config, params = job.finetune, loaded.plan.total_params  # the pruned model has fewer
-    if not (config.distill.distill and teaching.caches(journal, job.source, config, job.common, params)):
+    if not (config.distill.distill and teaching.caches(journal, job.source, config, job.common, params, here=True)):
         return None
     with run.stage("teach"):
         return teaching.answers(journal, lambda: loaded, text, config, job.common.seed)

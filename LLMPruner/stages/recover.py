@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from LLMPruner.training_config import FinetuneConfig
 
 if TYPE_CHECKING:
     from LLMPruner.data.training import TrainingText
+    from LLMPruner.evaluator.ppl import Perplexity
     from LLMPruner.model.load import LoadedModel
     from LLMPruner.run import Run
     from LLMPruner.trainer.teacher import DrawnAnswers
@@ -58,15 +60,21 @@ def recover(job: RecoverJob, run: Run) -> LoadedModel:
         loaded, job.training, text, run, journal, seed=seed, save=job.save, base=base, teacher=teacher, answers=answers
     )
     del teacher
+    gc.collect()  # and with it the teacher and what the optimizer knew
     if job.test_after:
         results["after"] = steps.measure_once(journal, run, loaded, tested, "after fine-tuning", split)
-    run.metrics["ppl"] = {when: [result.as_dict() for result in measured] for when, measured in results.items()}
-    run.save_metrics(f"metrics{suffix}.json")
-    for before, after in zip(results.get("before", ()), results.get("after", ()), strict=False):
-        logger.info("PPL %s %s: %.4f -> %.4f", before.corpus, before.split, before.ppl, after.ppl)
+    _report(run, results, f"metrics{suffix}.json")
     steps.export(run, loaded, job.export, f"metrics{suffix}.json")
     journal.finish()
     return loaded
+
+
+def _report(run: Run, results: dict[str, list[Perplexity]], file: str) -> None:
+    """Write what was measured, and log what training changed."""
+    run.metrics["ppl"] = {when: [result.as_dict() for result in measured] for when, measured in results.items()}
+    run.save_metrics(file)
+    for before, after in zip(results.get("before", ()), results.get("after", ()), strict=False):
+        logger.info("PPL %s %s: %.4f -> %.4f", before.corpus, before.split, before.ppl, after.ppl)
 
 
 def _taught(job: RecoverJob, run: Run, journal: Journal, tokenizer: Any, text: TrainingText) -> tuple[Any, DrawnAnswers | None]:

@@ -132,10 +132,12 @@ def answers(
     return draw_answers(lambda: teacher().runner, torch.cat(text.all()), config.distill, kept, seed=seed)
 
 
-def caches(journal: Journal, teacher: ModelSource, config: FinetuneConfig, common: CommonConfig, params: int) -> bool:
+def caches(
+    journal: Journal, teacher: ModelSource, config: FinetuneConfig, common: CommonConfig, params: int, *, here: bool = False
+) -> bool:
     """Whether the answers are drawn to disk: as asked for, else where both models with a training's state do not fit.
 
-    `params`: of the student.
+    `params`: of the student, whose weights are in memory already where it is `here`.
     """
     if config.distill.teacher_answers != "auto":
         return config.distill.teacher_answers == "cached"
@@ -144,6 +146,7 @@ def caches(journal: Journal, teacher: ModelSource, config: FinetuneConfig, commo
         device = resolve_device(common.device)
         size = resolve_dtype(common.dtype, device).itemsize
         needed = params * (FULL_BYTES[config.optimizer] if config.method == "full" else size)
+        needed -= here * params * size
         needed += teacher.plan.total_params * size
         free = parallel.least(available_memory(str(device)))
         logger.info("teacher and student take %.1f GB of %s memory, %.1f GB are free", needed / 1e9, device, free / 1e9)

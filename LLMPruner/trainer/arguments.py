@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from LLMPruner import parallel
 from LLMPruner.trainer.batch import Batch
 from LLMPruner.trainer.checkpoints import KEPT
+from LLMPruner.trainer.loss import Student
 from LLMPruner.training_config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ def autocast_dtype(model: torch.nn.Module) -> torch.dtype | None:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def arguments(config: FinetuneConfig, steps: int, batch: Batch, folder: Path, model: Any, seed: int) -> dict[str, Any]:
+def arguments(config: FinetuneConfig, steps: int, batch: Batch, folder: Path, student: Student, seed: int) -> dict[str, Any]:
     """The Trainer's arguments for a training of so many steps, by name."""
-    precision = autocast_dtype(model)
+    device, precision = student.model.device, student.precision
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": batch.windows,
@@ -50,9 +51,10 @@ def arguments(config: FinetuneConfig, steps: int, batch: Batch, folder: Path, mo
         "data_seed": seed,
         "bf16": precision == torch.bfloat16,
         "fp16": precision == torch.float16,
-        "use_cpu": model.device.type == "cpu",
+        "use_cpu": device.type == "cpu",
         "ddp_find_unused_parameters": False,
-        "dataloader_pin_memory": model.device.type == "cuda",
+        "remove_unused_columns": False,  # it knows the columns that `forward` names, and drops the teacher's answers
+        "dataloader_pin_memory": device.type == "cuda",
         "disable_tqdm": not sys.stderr.isatty(),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from LLMPruner import parallel
 from LLMPruner.files import read_json_file, write_json
-from LLMPruner.memory import available_memory
+from LLMPruner.memory import available_memory, out_of_memory
 from LLMPruner.trainer.loss import Student
 from LLMPruner.trainer.trained import trainable
 from LLMPruner.training_config import FinetuneConfig
@@ -29,9 +30,7 @@ class Batch:
     recompute: bool
 
 
-def choose_batch(
-    student: Student, config: FinetuneConfig, windows: torch.Tensor, folder: Path, autocast: torch.dtype | None
-) -> Batch:
+def choose_batch(student: Student, config: FinetuneConfig, windows: torch.Tensor, folder: Path) -> Batch:
     """The batch of a training on `windows` `(n, seq_len)`; that of the run which is continued where `folder` has one.
 
     The losses of a step are summed, so its windows may be computed at once or one by one. The memory of one window is
@@ -40,7 +39,7 @@ def choose_batch(
     path = folder / KEPT_FILE
     if path.is_file():  # another batch would round differently
         return Batch(**read_json_file(path, "the batch of the interrupted training"))
-    window = _kept_bytes(student, windows[:1], autocast)
+    window = _kept_bytes(student, windows[:1])
     state = sum(12 * parameter.numel() for parameter in trainable(student).values())  # a gradient and Adam's two moments
     device = student.model.device
     room = parallel.least(int(USED * max(0, available_memory(str(device)) - state)))
@@ -72,8 +71,9 @@ def _fitting(config: FinetuneConfig, window: int, layers: int, room: int) -> Bat
     return Batch(next((size for size in sizes if size * less <= room), 1), recompute=True)
 
 
-def _kept_bytes(student: Student, windows: torch.Tensor, autocast: torch.dtype | None) -> int:
-    """Bytes that a batch's way forward keeps for the way back, weights not counted."""
+def _kept_bytes(student: Student, windows: torch.Tensor) -> int:
+    """Bytes that a batch's way forward keeps for the way back, weights not counted; where memory runs out, more than there
+    are."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
     kept: dict[int, int] = {}
 
@@ -86,10 +86,23 @@ def _kept_bytes(student: Student, windows: torch.Tensor, autocast: torch.dtype |
     device = student.model.device
     seeds = [device] if device.type == "cuda" else []
     student.train()
+    try:
+        _forward(student, windows, seeds, note)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        return 2 * (sum(kept.values()) + available_memory(str(device)))  # more than there is, whatever it is
+    return sum(kept.values())
+
+
+def _forward(
+    student: Student, windows: torch.Tensor, seeds: list[torch.device], note: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """The way forward, of which `note` sees what is kept; no random number is used up."""
+    device = student.model.device
     with (
         torch.random.fork_rng(seeds),
-        torch.autocast(device.type, autocast, enabled=autocast is not None),
+        torch.autocast(device.type, student.precision, enabled=student.precision is not None),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         student.model.get_decoder()(input_ids=windows.to(device), use_cache=False)
-    return sum(kept.values())

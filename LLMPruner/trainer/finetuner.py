@@ -61,15 +61,15 @@ def finetune(
     first and last logged loss (nats a token). Raises RunError on a non-finite loss or gradient; a model under LoRA then has
     its old weights back.
     """
-    model = loaded.model
+    model, precision = loaded.model, autocast_dtype(loaded.model)  # of the weights as loaded: training may widen them
     with quiet_transformers(), ExitStack() as stack:
         trained = stack.enter_context(_weights(loaded, config, seed))
         folder = places.checkpoints or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        student = Student(model, config.distill, teacher)
+        student = Student(model, config.distill, teacher, precision)
         count = sum(parameter.numel() for parameter in trainable(student).values())
         logger.info("training %s parameters of %s", f"{count:,}", f"{loaded.plan.total_params:,} in the model")
         last = last_checkpoint(folder)
-        batch = choose_batch(student, config, text.rows.windows, folder, autocast_dtype(model))
+        batch = choose_batch(student, config, text.rows.windows, folder)
         stack.enter_context(training_settings(model, recompute=batch.recompute))
         trainer = _trainer(student, config, text, answers, folder, batch, seed=seed, resumed=last is not None)
         _report(trainer, config, places, text.rows.windows.shape[1])
@@ -77,6 +77,8 @@ def finetune(
             logger.info("going on from %s", last)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # autocast replaces `forward`
+        student.beside = (None,)  # the Trainer refers to itself, and would keep the teacher and the moments
+        trainer.accelerator.free_memory()
         _warn_of_no_gain(trainer)
         if places.adapter is not None and parallel.main():
             save_adapter(trained, places.adapter, places.base)
@@ -110,6 +112,7 @@ def _record(config: FinetuneConfig, trainer: Trainer, count: int) -> dict[str, A
         "warmup_steps": config.warmup(trainer.state.max_steps),
         "loss_first": losses[0]["loss"],
         "loss_last": losses[-1]["loss"],
+        "micro_batch": trainer.args.per_device_train_batch_size,
         "curve": [[row["step"], row["loss"]] for row in losses],
         "held_out": checks,
         "kept_step": trainer.state.best_global_step if trainer.state.best_model_checkpoint else trainer.state.global_step,
@@ -135,7 +138,7 @@ def _trainer(
         offset += len(rows.windows)
     mine = -(-len(windows) // parallel.count())
     looks = config.look_every(mine, offset - len(windows))
-    values = arguments(config, config.steps(mine), batch, folder, model, seed)
+    values = arguments(config, config.steps(mine), batch, folder, student, seed)
     values |= checks(text, first=looks == 1 and not resumed)
     trainer = RecoveryTrainer(
         model=student,
@@ -155,12 +158,12 @@ def _report(trainer: RecoveryTrainer, config: FinetuneConfig, places: Places, se
         trainer.remove_callback(plain)
     tokens = config.windows_per_step * seq_len * parallel.count()
     kept = "" if places.checkpoints is None else f"; the last good state is kept in {places.checkpoints}"
-    device, dtype = student.model.device, autocast_dtype(student.model) or student.model.dtype
+    device, dtype = student.model.device, student.precision or student.model.dtype
     peak = measure_rates(device, dtype, student.config.hidden_size).matmul
     pace = Pace(tokens, _token_flops(student, config), peak, parallel.count())
     callbacks: list[TrainerCallback] = [
         Progress(pace, device),
-        Watch(trainer.args.save_steps, trainer.looks, kept),
+        Watch(trainer.args.save_steps, trainer.looks, kept, lambda: trainer.last),
         MarkWhole(),
     ]
     if sys.stderr.isatty() and parallel.main():

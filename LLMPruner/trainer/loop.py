@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
+from LLMPruner import parallel
 from LLMPruner.trainer.checkpoints import read_weights, write_weights
 from LLMPruner.trainer.loss import IGNORED
 from LLMPruner.trainer.teacher import DrawnAnswers
@@ -47,6 +48,7 @@ class RecoveryTrainer(Trainer):
 
     weights: Mapping[str, float]  # of the held-out parts in the loss that decides
     looks: int  # checkpoints from one look at held-out text to the next
+    last: torch.Tensor  # the loss of the last batch
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,7 +64,8 @@ class RecoveryTrainer(Trainer):
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
     ) -> Any:
         """The batch's share of the step's mean loss a token; gradients are averaged over processes afterwards."""
-        return model(**inputs)[0] / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        self.last = model(**inputs)[0]
+        return self.last / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -79,6 +82,7 @@ class RecoveryTrainer(Trainer):
                 tokens += int(inputs["labels"].ne(IGNORED).sum())
             total, entropy, divergence = (sums / max(1, tokens)).tolist()
             metrics |= {f"eval_{name}_loss": total, f"eval_{name}_nll": entropy, f"eval_{name}_kl": divergence}
+        metrics = parallel.from_main(metrics)  # kernels may differ: all processes keep the same state
         shares = {name: self.weights[name] for name in self.eval_dataset}
         mean = sum(share * metrics[f"eval_{name}_loss"] for name, share in shares.items()) / sum(shares.values())
         metrics = {"eval_loss": mean, **metrics}

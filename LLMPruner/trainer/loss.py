@@ -23,9 +23,10 @@ Loss = Callable[..., torch.Tensor]
 class Student(torch.nn.Module):
     """A causal language model as the loss of a batch, which is all that a trainer needs of it."""
 
-    def __init__(self, model: Any, distill: DistillConfig, teacher: Any = None) -> None:
+    def __init__(self, model: Any, distill: DistillConfig, teacher: Any = None, precision: torch.dtype | None = None) -> None:
         super().__init__()
         self.model, self.distill = model, distill
+        self.precision = precision  # what products are computed in, where that is not the weights' own
         self.beside = (teacher,)  # in a tuple: no part of what is trained, moved or split over devices
         self.config = model.config
 

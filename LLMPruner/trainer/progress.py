@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,8 @@ class Progress(TrainerCallback):
 class Watch(TrainerCallback):
     """Looks at every step's gradient on the device, and reads what it found only where a step is logged or kept."""
 
-    def __init__(self, every: int, looks: int, kept: str) -> None:
+    def __init__(self, every: int, looks: int, kept: str, last_loss: Callable[[], torch.Tensor]) -> None:
+        self.last_loss = last_loss
         # steps between checkpoints; checkpoints from one look at held-out text to the next; where the last one is, in words
         self.every, self.looks, self.kept = every, looks, kept
         self.broken: torch.Tensor | None = None  # the first step whose gradient was not finite, 0: none
@@ -92,7 +94,8 @@ class Watch(TrainerCallback):
         self.broken = torch.where((self.broken == 0) & ~torch.isfinite(norm), step, self.broken)
         due = step == 1 or step % args.logging_steps == 0 or self._kept(step, state)
         if due and int(self.broken):
-            what = "gradient norm became inf" if bool(torch.isinf(norm)) else "training loss became nan"
+            lost = not math.isfinite(float(self.last_loss()))
+            what = "training loss became nan" if lost else "gradient became infinite, or no number,"
             raise RunError(f"the {what} in step {int(self.broken)}: {ADVICE}{self.kept}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -67,14 +67,13 @@ def draw_answers(
 
     Of several processes each asks its own teacher about its share of the windows.
     """
-    groups = [group for group in range(-(-len(windows) // GROUP)) if not kept.has(group)]
+    groups = parallel.from_main([group for group in range(-(-len(windows) // GROUP)) if not kept.has(group)])
     mine = groups[parallel.share(len(groups))]
     if groups:
         teacher = runner()  # by all processes: they agree on how it is loaded
         for group in tqdm(mine, desc="teacher", unit="group", disable=parallel.quiet(), leave=False):
-            rows = windows[group * GROUP : (group + 1) * GROUP]
-            generator = torch.Generator(teacher.device).manual_seed(seed + group)
-            kept.write(group, _answers(teacher, rows, config, generator))
+            place = group * GROUP
+            kept.write(group, _answers(teacher, windows[place : place + GROUP], config, seed + place))
     parallel.wait()
     size = sum(path.stat().st_size for path in kept.folder.iterdir())
     logger.info("teacher: %d draws of each of %d answers, %.2f GB", config.teacher_draws, windows.numel(), size / 1e9)
@@ -82,19 +81,23 @@ def draw_answers(
 
 
 @torch.no_grad()
-def _answers(
-    runner: LayerRunner, windows: torch.Tensor, config: DistillConfig, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    """The drawn answers to `windows` `(n, seq_len)`: `tokens` int32 `(n, seq_len, draws)`, `entropy` float32 `(n, seq_len)`."""
+def _answers(runner: LayerRunner, windows: torch.Tensor, config: DistillConfig, seed: int) -> dict[str, torch.Tensor]:
+    """The drawn answers to `windows` `(n, seq_len)`: `tokens` int32 `(n, seq_len, draws)`, `entropy` float32 `(n, seq_len)`.
+
+    Each window has a seed of its own: what is drawn does not depend on how many are computed together.
+    """
     store, tokens, entropy = runner.store, [], []
+    size = chunk_tokens(store.device, store.geometry.vocab_size)
     for part in runner.batches(*windows.shape) if store.resident else [slice(0, len(windows))]:
-        hidden = runner.layers(runner.embed(windows[part])).flatten(0, 1)
-        for rows in hidden.split(chunk_tokens(store.device, store.geometry.vocab_size)):
-            logits = store.head(store.final_norm(rows.to(store.device))).float() / config.distill_temperature
-            chances = logits.log_softmax(-1)
-            entropy.append(-(chances.exp() * chances).sum(-1).cpu())
-            drawn = torch.multinomial(chances.exp(), config.teacher_draws, replacement=True, generator=generator)
-            tokens.append(drawn.int().cpu())
+        hidden = runner.layers(runner.embed(windows[part]))
+        for index, window in enumerate(hidden, part.start):
+            generator = torch.Generator(store.device).manual_seed(seed + index)
+            for rows in window.split(size):
+                logits = store.head(store.final_norm(rows.to(store.device))).float() / config.distill_temperature
+                chances = logits.log_softmax(-1)
+                entropy.append(-(chances.exp() * chances).sum(-1).cpu())
+                drawn = torch.multinomial(chances.exp(), config.teacher_draws, replacement=True, generator=generator)
+                tokens.append(drawn.int().cpu())
     return {
         "tokens": torch.cat(tokens).view(*windows.shape, -1),
         "entropy": torch.cat(entropy).view(windows.shape),

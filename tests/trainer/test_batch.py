@@ -39,12 +39,12 @@ def test_what_is_asked_for_is_taken_and_recomputed_where_it_does_not_fit():
 def test_the_memory_of_a_window_is_what_its_way_forward_keeps():
     model = tiny_model()
     student = Student(model, DistillConfig())
-    one, three = (batch._kept_bytes(student, random_windows(count, 16), None) for count in (1, 3))
+    one, three = (batch._kept_bytes(student, random_windows(count, 16)) for count in (1, 3))
     assert one > 16 * 4 * model.config.hidden_size * model.config.num_hidden_layers  # at least the stream before every layer
     assert one < 0.5 * three and three < 3 * one, "the rotary table is there once"
     for parameter in model.parameters():
         parameter.data = torch.cat([parameter.data] * 2)[: len(parameter)]  # storages twice as large
-    assert batch._kept_bytes(student, random_windows(1, 16), None) == one, "weights do not count"
+    assert batch._kept_bytes(student, random_windows(1, 16)) == one, "weights do not count"
 
 
 def test_measuring_changes_no_random_number(tmp_path):
@@ -52,14 +52,23 @@ def test_measuring_changes_no_random_number(tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    choose_batch(student, CONFIG, random_windows(4, 16), tmp_path, None)
+    choose_batch(student, CONFIG, random_windows(4, 16), tmp_path)
     assert torch.rand(3).equal(expected)
 
 
 def test_a_run_that_is_continued_keeps_its_batch(tmp_path, monkeypatch):
     student = Student(tiny_model(), DistillConfig())
     monkeypatch.setattr(batch, "available_memory", lambda _: 10**9)
-    assert choose_batch(student, CONFIG, random_windows(4, 16), tmp_path, None) == Batch(12, recompute=False)
+    assert choose_batch(student, CONFIG, random_windows(4, 16), tmp_path) == Batch(12, recompute=False)
     monkeypatch.setattr(batch, "available_memory", lambda _: 0)
-    assert choose_batch(student, CONFIG, random_windows(4, 16), tmp_path, None) == Batch(12, recompute=False)
-    assert choose_batch(student, CONFIG, random_windows(4, 16), tmp_path / "new", None) == Batch(1, recompute=True)
+    assert choose_batch(student, CONFIG, random_windows(4, 16), tmp_path) == Batch(12, recompute=False)
+    assert choose_batch(student, CONFIG, random_windows(4, 16), tmp_path / "new") == Batch(1, recompute=True)
+
+
+def test_a_window_that_does_not_fit_the_memory_is_recomputed(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(batch, "_forward", full)
+    student = Student(tiny_model(), DistillConfig())
+    assert choose_batch(student, CONFIG, random_windows(4, 16), tmp_path) == Batch(1, recompute=True)

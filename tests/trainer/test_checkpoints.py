@@ -125,9 +125,16 @@ def test_a_loss_that_breaks_late_leaves_the_last_good_checkpoint(trained_dir, te
             return super().compute_loss(*args, **kwargs) * (float("nan") if self.state.global_step >= 9 else 1)
 
     monkeypatch.setattr(finetuner, "RecoveryTrainer", Broken)
-    with pytest.raises(RunError, match=r"became nan in step 10: use LoRA .*the last good state is kept in "):
+    with pytest.raises(RunError, match=r"became infinite, or .* in step 10: use LoRA .*the last good state is kept in "):
         train(trained_dir, text, tmp_path, replace(LORA, check_steps=4))
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+
+
+def divergence(teacher, student, rows) -> float:
+    """Mean KL of windows, whole logits at once."""
+    with torch.no_grad():
+        theirs, ours = (each.model(input_ids=rows).logits[:, :-1].log_softmax(-1) for each in (teacher, student))
+    return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -141,6 +148,9 @@ def test_a_distilled_model_comes_closer_to_its_teacher(trained_dir, text, tmp_pa
     record, _ = train(trained_dir, text, tmp_path / "training", replace(LORA, distill=distill, check_steps=6), **more)
     first, last = record["held_out"][0], record["held_out"][-1]
     assert last["eval_wikitext2_kl"] < 0.5 * first["eval_wikitext2_kl"]
+    pruned, held_out = half_pruned(trained_dir), text.held_out["wikitext2"].windows
+    assert record["curve"][0][1] == pytest.approx(divergence(dense, pruned, text.rows.windows), rel=0.3)  # of a batch
+    assert (first["step"], first["eval_wikitext2_kl"]) == (0, pytest.approx(divergence(dense, pruned, held_out), rel=0.1))
     assert last["eval_loss"] == pytest.approx(last["eval_wikitext2_kl"], rel=1e-5)  # the divergence alone is trained on
 
 
