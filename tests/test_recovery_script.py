@@ -67,6 +67,7 @@ def dies_after(steps: int, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("where", ["beside", "cached"])
 def test_distillation_on_a_mixture_with_text_that_the_dense_model_writes(command, where, trained_dir):
     flags = ["--distill", f"--teacher_answers={where}", "--dataset", "wikitext2:0.75", "self:0.25", "--test_after"]
+    flags += ["--check_steps=3"]
     assert command(*flags) == 0
     found = metrics()
     assert ("teach" in [stage["stage"] for stage in found["stages"]]) == (where == "cached")
