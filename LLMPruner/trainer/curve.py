@@ -17,6 +17,9 @@ def plot_training(path: Path, curve: Sequence[Sequence[float]], held_out: Sequen
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([step for step, _ in curve], [loss for _, loss in curve], color="#999999", label="trained on")
+    if any(row[name] for row in held_out for name in row if name.endswith("_kl")):  # else it is the cross-entropy below
+        steps, losses = [row["step"] for row in held_out], [row["eval_loss"] for row in held_out]
+        axes.plot(steps, losses, marker="o", linestyle="--", color="#999999", label="the same loss, held out")
     names = [name.removeprefix("eval_").removesuffix("_nll") for name in (held_out or [{}])[0] if name.endswith("_nll")]
     for name, color in zip(names, COLORS * len(names), strict=False):
         steps, losses = [row["step"] for row in held_out], [row[f"eval_{name}_nll"] for row in held_out]
