@@ -64,8 +64,9 @@ class RecoveryTrainer(Trainer):
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
     ) -> Any:
         """The batch's share of the step's mean loss a token; gradients are averaged over processes afterwards."""
-        self.last = model(**inputs)[0]
-        return self.last / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        loss = model(**inputs)[0]
+        self.last = loss.detach()
+        return loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
