@@ -50,6 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to recover")
     parser.add_argument("--seed", type=int, default=42, help="seed of every random choice")
     parser.add_argument("--device", default="auto", help="where to compute")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of the pruning script, at the end")
     return parser.parse_args(argv)
 
 
@@ -107,6 +108,7 @@ def recipe(argv: Sequence[str]) -> None:
     prune = ["--base_model", args.base_model, "--save_ckpt_log_name", PRUNED.name, "--prune_mlp", "--save_model"]
     prune += ["--pruning_ratio", str(args.pruning_ratio), "--calibration_dataset", args.corpus]
     prune += [] if args.preset is None else ["--preset", args.preset]
+    prune += args.flags
     once(args, PRUNED, "journal.json", "llama3_unbalanced_pruning_gqa_aware.py", *prune)
     models = [f"dense={args.base_model}", f"pruned={PRUNED / 'pytorch_model.bin'}"]
     for way in args.ways:
@@ -115,7 +117,16 @@ def recipe(argv: Sequence[str]) -> None:
         flags += ["--epochs", str(args.epochs), "--seq_len", str(args.seq_len)]
         once(args, PRUNED.parent / way, "journal_finetune.json", "test_finetuning.py", *flags)
         models.append(f"{way}={PRUNED.parent / way / 'pytorch_model_finetuned.bin'}")
-    compare = ["--models", *models, "--seq_len", str(args.seq_len), "--eval_datasets", *args.eval_datasets]
+    compare = [
+        "--models",
+        *models,
+        "--baseline",
+        "dense",
+        "--seq_len",
+        str(args.seq_len),
+        "--eval_datasets",
+        *args.eval_datasets,
+    ]
     compare += ["--eval_samples", str(args.eval_samples), "--save_results", "results.json", "--table_lang", "en"]
     compare += ["--resume"] if (output / "results.json").is_file() else []
     compare += [] if args.data_dir is None else ["--data_dir", str(Path(args.data_dir).resolve())]
