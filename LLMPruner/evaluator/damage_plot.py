@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from LLMPruner.evaluator.damage import RATIO, Damage
+from LLMPruner.evaluator.plots import over_layers
 from LLMPruner.files import write_atomically
 
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"  # told apart by the colour-blind, too (Okabe and Ito)
@@ -24,12 +25,7 @@ def plot_damage(path: Path, damage: Damage) -> None:
     cosine.plot(layers, damage.cosines, color=GREEN, marker=".")
     cosine.set_title("Cosine with the dense residual stream", loc="left", fontsize=10)
     _longest(longest, damage)
-    longest.set_xlabel("layer")
-    longest.set_xticks(range(0, len(layers), 1 if len(layers) <= 40 else 5))
-    longest.set_xlim(-0.7, len(layers) - 0.3)
-    for axes in (distance, cosine, longest):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
+    over_layers((distance, cosine, longest), len(layers))
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 

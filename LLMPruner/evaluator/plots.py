@@ -36,14 +36,20 @@ def plot_plan(path: Path, plan: PruningPlan, scores: Sequence[float] | None) -> 
         _importance_bars(importance, scores)
     _kept_bars(groups, plan.kv_counts, geometry.num_kv_heads, "KV groups kept", "#009E73")
     _kept_bars(channels, plan.channel_counts, geometry.intermediate_size, "MLP channels kept", "#D55E00")
-    channels.set_xlabel("layer")
-    channels.set_xticks(range(0, len(layers), 1 if len(layers) <= 40 else 5))
     channels.set_xticks(layers, minor=True)
-    channels.set_xlim(-0.7, len(layers) - 0.3)
-    for axes in (importance, groups, channels):
+    over_layers((importance, groups, channels), len(layers))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def over_layers(panels: Sequence[Any], layers: int) -> None:
+    """Panels one above the other with the layers below them all, and no frame."""
+    lowest = panels[-1]
+    lowest.set_xlabel("layer")
+    lowest.set_xticks(range(0, layers, 1 if layers <= 40 else 5))
+    lowest.set_xlim(-0.7, layers - 0.3)
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def _title(axes: Any, text: str) -> None:

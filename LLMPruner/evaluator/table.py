@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.data.corpora import describe
+from LLMPruner.evaluator.columns import width
 
 if TYPE_CHECKING:
     from LLMPruner.evaluator.ppl import Perplexity
@@ -132,11 +132,6 @@ def _change(row: Row, rows: Mapping[str, Row], labels: Labels) -> str:
 def _references(role: str) -> tuple[str, ...]:
     """What a role is compared to, first choice first."""
     return {"original": (), "pruned": ("original",), "finetuned": ("pruned", "original")}[role]
-
-
-def width(text: str) -> int:
-    """Columns on a terminal: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def padded(text: str, columns: int) -> str:

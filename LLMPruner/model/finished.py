@@ -23,6 +23,16 @@ INDEX = "layers.json"
 UNCHANGED = "unchanged"  # a layer that is here for its precision alone
 
 
+def is_marked(path: Path, run: str) -> bool:
+    """Whether a safetensors file is there, and is one that this run has kept."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("run") == run
+
+
 class FinishedLayers:
     """Finished layers in `folder`, by index: file and state, one word for what was done to them. Those of another `run` do not
     count."""

@@ -205,15 +205,11 @@ def kept_windows(path: Path, mark: str, make: Callable[[], torch.Tensor]) -> tor
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    def read() -> torch.Tensor | None:
-        if not path.is_file():
-            return None
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("windows").clone() if (file.metadata() or {}).get("run") == mark else None
+    from LLMPruner.model.finished import is_marked
 
-    found = read()
-    if parallel.least(int(found is not None)):
-        return found
+    if parallel.least(int(is_marked(path, mark))):
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("windows").clone()
     made = make()
     if parallel.main():
         path.parent.mkdir(parents=True, exist_ok=True)

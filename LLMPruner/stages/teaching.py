@@ -18,7 +18,7 @@ from LLMPruner.data.windows import bos_token
 from LLMPruner.errors import UsageError
 from LLMPruner.memory import available_memory
 from LLMPruner.model.device import resolve_device, resolve_dtype
-from LLMPruner.model.fit import streaming
+from LLMPruner.model.fit import Streaming, streaming
 from LLMPruner.model.load import load_model, load_tokenizer
 from LLMPruner.model.source import ModelSource, find_model
 from LLMPruner.stages.journal import Journal, kept_windows, mark_of
@@ -62,7 +62,7 @@ def find_teacher(source: ModelSource, config: FinetuneConfig) -> ModelSource | N
 
 
 class Teacher:
-    """The dense model, in memory from when it is first asked until it is dropped."""
+    """The dense model, in memory from when it is first asked, all of it or either way, until it is dropped."""
 
     def __init__(self, source: ModelSource, common: CommonConfig, folder: Path, tokenizer: Any) -> None:
         self.source, self.common, self.folder, self.tokenizer = source, common, folder, tokenizer
@@ -72,19 +72,16 @@ class Teacher:
 
     def whole(self) -> LoadedModel:
         """All of it on the device."""
-        if self._loaded is not None and not self._loaded.store.resident:
-            self.drop()
-        if self._loaded is None:
-            self._loaded = load_model(self.source, dtype=self.common.dtype, device=self.common.device, tokenizer=self.tokenizer)
-        return self._loaded
+        return self._once(lambda: None)
 
     def either(self) -> LoadedModel:
         """In memory, or streamed where it does not fit."""
+        return self._once(lambda: streaming(self.source, self.common, self.folder))
+
+    def _once(self, stream: Callable[[], Streaming | None]) -> LoadedModel:
         if self._loaded is None:
-            stream = streaming(self.source, self.common, self.folder)
-            self._loaded = load_model(
-                self.source, dtype=self.common.dtype, device=self.common.device, tokenizer=self.tokenizer, stream=stream
-            )
+            settings = {"dtype": self.common.dtype, "device": self.common.device, "tokenizer": self.tokenizer}
+            self._loaded = load_model(self.source, stream=stream(), **settings)
         return self._loaded
 
     def drop(self) -> None:

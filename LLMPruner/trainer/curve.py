@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from LLMPruner.evaluator.plots import COLORS
 from LLMPruner.files import write_atomically
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # apart for the colour-blind too
 
 
 def plot_training(path: Path, curve: Sequence[Sequence[float]], held_out: Sequence[Mapping[str, float]], kept: int) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from LLMPruner import parallel
 from LLMPruner.files import write_atomically
+from LLMPruner.model.finished import is_marked
 from LLMPruner.model.head import chunk_tokens
 from LLMPruner.training_config import DistillConfig
 
@@ -45,11 +46,7 @@ class DrawnAnswers:
 
     def has(self, group: int) -> bool:
         """Whether a group of windows was drawn already."""
-        path = self._path(group)
-        if not path.is_file():
-            return False
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("run") == self.mark
+        return is_marked(self._path(group), self.mark)
 
     def write(self, group: int, answers: dict[str, torch.Tensor]) -> None:
         """Keep a group's answers."""
