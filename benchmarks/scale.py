@@ -109,6 +109,7 @@ def point(args: argparse.Namespace, folder: Path, layers: int, width: int, windo
         write_model(model, small(layers, width))
     name = f"{layers}-{width}-{windows}-{stream}"
     flags = [f"--channel_importance_samples={windows}", f"--stream={stream}"]
+    flags += ["--hidden_gb=0"] if stream == "on" else []  # they grow with the layers that are left out in turn
     code, seconds, peak = run(command(args, model, name, *flags), folder)
     if code:
         raise RunError(f"{name} failed with exit code {code}: {(folder / 'output.txt').read_text()[-500:]}")

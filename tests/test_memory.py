@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 
 from LLMPruner.memory import peak_memory, process_peak_memory, reset_peak_memory
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -54,3 +58,31 @@ def test_a_reset_forgets_what_was_held_before():
 
     little, much, again = held(1 << 20), held(256 << 20), held(1 << 20)
     assert much - little > 200 << 20 and much - again > 200 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="another allocator")
+def test_freed_memory_is_returned() -> None:
+    """Blocks that were freed between blocks in use are the system's again: else streamed layers would add up."""
+    code = """
+import torch
+from pathlib import Path
+from LLMPruner.memory import return_freed_memory
+
+def own():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+torch.ones(2**22)  # freed at once: from now on glibc takes blocks up to this size from its heap
+blocks = [(torch.ones(2**18), torch.ones(2**8)) for _ in range(200)]
+full = own()
+kept = [small for _, small in blocks]
+del blocks
+held = own()
+return_freed_memory()
+print(full, held, own())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    full, held, after = map(int, done.stdout.split())
+    assert full - held < 100e6, "glibc gave it back by itself: the test shows nothing"
+    assert held - after > 150e6

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from LLMPruner.errors import RunError
+from LLMPruner.memory import return_freed_memory
 from LLMPruner.model.finished import UNCHANGED, FinishedLayers
 from LLMPruner.model.hidden import Home
 from LLMPruner.model.store import Store
@@ -96,6 +97,7 @@ class StreamedStore(Store):
             self._head = None
         for other in [other for other in self._here if not self._open[other]]:
             self._drop(other)
+        return_freed_memory()
         following = index + (1 if index >= self._last else -1)
         weights = self._awaited(index)
         self._last, self._ahead = index, None
