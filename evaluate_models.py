@@ -12,6 +12,7 @@ from pathlib import Path
 
 from LLMPruner import cli, parallel
 from LLMPruner.config import EfficiencyConfig, EvalConfig, require_at_least
+from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.engines import EngineConfig
 from LLMPruner.evaluator.overview import FORMATS
 from LLMPruner.evaluator.plots import PLOT_SUFFIXES, check_plot
@@ -76,6 +77,8 @@ def recipe(argv: Sequence[str]) -> None:
     args = build_parser().parse_args(argv)
     if args.plot is not None:
         check_plot(args.plot)
+        if not (args.ppl or args.tasks or args.efficiency):
+            raise UsageError("--plot draws PPL, tasks and --efficiency: ask for one of them, or leave --plot out")
     job = job_of(args, argv)
     check(job)
     with contextlib.redirect_stdout(sys.stdout if args.format == "text" else sys.stderr):  # what a pipe reads is the table

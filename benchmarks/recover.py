@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ from LLMPruner import cli
 from LLMPruner.config import require_at_least
 from LLMPruner.data.corpora import check_corpus
 from LLMPruner.errors import RunError, UsageError
-from LLMPruner.files import check_output_folder, read_json_file, write_json
+from LLMPruner.files import check_output_folder, read_json_file, write_atomically, write_json
+from LLMPruner.stages.teaching import SELF_TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
 TAUGHT = ["--distill", "--dataset", "{corpus}:0.5", "self:0.5"]
@@ -88,6 +90,15 @@ def once(args: argparse.Namespace, folder: Path, journal: str, script: str, *fla
     call(args, script, *flags, *shared)
 
 
+def share_text(folder: Path, way: str) -> None:
+    """Let a way read what the dense model wrote for another one; a text that is not the one it asks for is written anew."""
+    own = folder / way / SELF_TEXT
+    for other in folder.glob(f"*/{SELF_TEXT}"):
+        if not own.exists():
+            own.parent.mkdir(exist_ok=True)
+            write_atomically(own, lambda place, other=other: shutil.copyfile(other, place))
+
+
 def call(args: argparse.Namespace, script: str, *flags: str) -> None:
     """Run a script of the suite in the output folder. Raises RunError where it fails."""
     done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=args.output, check=False)
@@ -115,6 +126,8 @@ def recipe(argv: Sequence[str]) -> None:
         flags = [flag.format(corpus=args.corpus) for flag in WAYS[way]]
         flags += ["--model_path", str(PRUNED / "pytorch_model.bin"), "--save_name", way, "--samples", str(args.samples)]
         flags += ["--epochs", str(args.epochs), "--seq_len", str(args.seq_len)]
+        if "self:0.5" in flags:
+            share_text(output / PRUNED.parent, way)
         once(args, PRUNED.parent / way, "journal_finetune.json", "test_finetuning.py", *flags)
         models.append(f"{way}={PRUNED.parent / way / 'pytorch_model_finetuned.bin'}")
     compare = [

@@ -248,6 +248,7 @@ def test_the_documents_loop_runs_as_written_and_cheaply_again(command, trained_d
         (["--stride=129"], "--stride"),
         (["--baseline=x"], "--baseline x"),
         (["--plot=p.gif"], "--plot"),
+        (["--plot=p.png", "--no_ppl", "--generate=Why"], "--plot"),
         (["--models", "original=x"], "two models are named original"),
         (["--models", "x"], "NAME=PATH"),
         (["--format=html"], "--format"),
