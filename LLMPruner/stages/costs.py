@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from LLMPruner import parallel
 from LLMPruner.cost import Cost, Setup, Work
 from LLMPruner.data.corpora import CORPORA, load_text
+from LLMPruner.data.mixture import SELF, mixture, windows_of
+from LLMPruner.data.training import HELD_OUT_WINDOWS
 from LLMPruner.importance import criteria, layer_analyzer
 from LLMPruner.importance.budget import Budget
 from LLMPruner.methods import healing_cost
@@ -38,7 +40,7 @@ def setup_of(job: PruneJob, budget: Budget, itemsize: int, device: str, *, resid
 
 def stages(job: PruneJob, budget: Budget, setup: Setup) -> tuple[Cost, ...]:
     """The costs of all stages of `job`, in their order."""
-    config, evaluation, found = job.prune, job.evaluation, [size.load_cost(setup)]
+    config, evaluation, found = job.prune, job.evaluation, [loading(setup, job)]
     tests = [_test_tokens(name, job) // evaluation.seq_len for name in evaluation.datasets]
     windows = max(1, sum(min(evaluation.samples or count, count) for count in tests) // len(tests))
 
@@ -74,6 +76,19 @@ def stages(job: PruneJob, budget: Budget, setup: Setup) -> tuple[Cost, ...]:
     if job.finetune is not None:
         found += [training(setup, job), *([size.save_cost(setup)] * job.save), measured("finetuned")]
     return (*found, *([size.export_cost(setup, job.export)] if job.export.formats else []))
+
+
+def loading(setup: Setup, job: PruneJob) -> Cost:
+    """What loading costs, and the text for a fine-tuning that the dense model writes meanwhile."""
+    cost, config = size.load_cost(setup), job.finetune
+    if config is None:
+        return cost
+    parts = mixture(config)
+    own = sum(count for part, count in zip(parts, windows_of(parts, config), strict=True) if part.name == SELF)
+    if not own:
+        return cost
+    text = writing(setup, own + HELD_OUT_WINDOWS, config.seq_len)
+    return replace(cost, work=cost.work + text.work, device=max(cost.device, text.device), head=True)
 
 
 def writing(setup: Setup, samples: int, seq_len: int) -> Cost:

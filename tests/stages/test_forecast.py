@@ -32,6 +32,7 @@ from LLMPruner.model.streamed import StreamedStore
 from LLMPruner.plan import Geometry, LayerPlan, PruningPlan
 from LLMPruner.stages.forecast import Forecast, Machine, forecast, log_comparison
 from LLMPruner.stages.job import PruneJob
+from LLMPruner.training_config import FinetuneConfig
 
 ROOT = Path(__file__).parents[2]
 RATES = cost.Rates(1e12, 1e12, 1e12, 1e12, 5e11, 1e12, 1e10, 1e9, 1e9, 1e-6)
@@ -56,12 +57,12 @@ FAMILY = {
 }
 
 
-def foreseen(gb: float = 80.0, *, resident: bool = True, changes: dict | None = None, **settings) -> Forecast:
+def foreseen(gb: float = 80.0, *, resident: bool = True, changes: dict | None = None, finetune=None, **settings) -> Forecast:
     """The forecast of Llama-3-8B, or of what `changes` make of it, on a card of so many GB."""
     config = LLAMA3 | (changes or {})
     geometry = Geometry.from_config(config)
     source = ModelSource(Path("nowhere"), "hf", geometry, PruningPlan.dense(geometry), config=config)
-    job = PruneJob(source, PruneConfig(prune_mlp=True, **settings), test_pruned=True)
+    job = PruneJob(source, PruneConfig(prune_mlp=True, **settings), test_pruned=True, finetune=finetune)
     machine = Machine(RATES, int(gb * 1e9), int(64e9), int(500e9), int(32e9))
     return forecast(job, make_budget(geometry, job.prune), machine, itemsize=2, device="cuda", resident=resident)
 
@@ -146,6 +147,17 @@ def test_layers_are_read_as_often_as_is_forecast(stage, model_dir, tmp_path, mon
     layers = source.geometry.num_layers
     turned = stage == "taylor"  # on the way back the last layer is there already
     assert len(read) == found.passes * layers - turned
+
+
+def test_text_that_the_dense_model_writes_for_a_fine_tuning_is_forecast():
+    plain, mixed = (
+        foreseen(finetune=FinetuneConfig("lora", dataset=dataset, samples=100)) for dataset in (("news",), ("news", "self:3"))
+    )
+    tokens = (75 + 16) * 512
+    work = plain.setup.forward(tokens, 1) + plain.setup.head_work(tokens)
+    assert mixed.rows[0].flops - plain.rows[0].flops == work.flops
+    assert mixed.rows[0].seconds > plain.rows[0].seconds and mixed.rows[0].device > plain.rows[0].device
+    assert [row.flops for row in mixed.rows[1:]] == [row.flops for row in plain.rows[1:]]
 
 
 def test_constants_of_modules_that_import_more_are_theirs():
