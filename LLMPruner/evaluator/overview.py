@@ -109,7 +109,7 @@ def _task_columns(tasks: Mapping[tuple[str, str], Mapping[str, Record]], baselin
     for name in dict.fromkeys(task for task, _ in tasks):
         metric = shown_metric([of for task, of in tasks if task == name])
         rows = tasks[name, metric]
-        scale, form = (100, "{:.1f}") if metric in SHARES else (1, "{:.4g}")
+        scale, form = (100, "{:.1f}") if metric.partition(",")[0] in SHARES else (1, "{:.4g}")
         values = {model: scale * record["value"] for model, record in rows.items()}
         errors = {model: scale * record["stderr"] for model, record in rows.items() if record["stderr"] is not None}
         first = next(iter(rows.values()))

@@ -86,10 +86,17 @@ class LoadedTask:
         """The share that guessing gets right; None where it is not known."""
         if self.name in CHANCE:
             return CHANCE[self.name]
-        if len(self.leaves) != 1 or self.leaves[0].OUTPUT_TYPE != "multiple_choice":
+        if len(self.leaves) != 1 or not _one_of_choices(self.leaves[0]):
             return None
         task = self.leaves[0]
         return guessing(len(task.doc_to_choice(doc)) for doc in islice(task.eval_docs, config.limit))
+
+
+def _one_of_choices(task: Any) -> bool:
+    """Whether a question is right where the one right choice was taken, and lm_eval itself counts so."""
+    several = getattr(task, "multiple_target", True)  # of tasks that are classes of their own nothing is known
+    own = callable(getattr(task.config, "process_results", None))  # truthfulqa_mc2, for one
+    return task.OUTPUT_TYPE == "multiple_choice" and not several and not own
 
 
 def guessing(choices: Iterable[int]) -> float | None:

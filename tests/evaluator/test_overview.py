@@ -60,6 +60,14 @@ def test_nothing_is_a_share_of_a_dense_model_that_guesses_or_of_an_unknown_chanc
     assert [(c.title, c.values["dense"]) for c in table.section("points")][2] == ("z (word_perplexity)", 20.0)
 
 
+def test_a_share_behind_a_filter_is_one_too():
+    rows = [record(model, "task", "gsm8k", "exact_match,strict-match", 0.5 - place / 4) for place, model in enumerate(SIZES)]
+    rows += [record(model, "task", "boolq", "acc", 0.7) for model in SIZES]
+    values = {column.key: column.values["b&w_1|2"] for column in overview(rows, list(SIZES), "dense").columns}
+    assert values["gsm8k exact_match,strict-match"] == 25 and values["mean"] == pytest.approx((25 + 70) / 2)
+    assert values["gsm8k exact_match,strict-match % of baseline"] == 50
+
+
 def test_a_model_that_has_not_everything_is_not_in_the_means():
     rows = [r for r in records() if not (r["model"] == "dense" and r["name"] == "arc_easy")]
     table = overview(rows, list(SIZES), "dense")

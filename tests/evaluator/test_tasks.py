@@ -31,6 +31,7 @@ class Little:
 
     def __init__(self, words: str = "query") -> None:
         self.config = SimpleNamespace(to_dict=lambda: {"doc_to_text": words, "metadata": {"config_source": id(self)}})
+        self.multiple_target = 0  # right answers of a question, where they are a list
 
     def doc_to_choice(self, doc):
         return doc["choices"]
@@ -94,6 +95,14 @@ def test_chance_is_known_of_the_standard_tasks_and_counted_on_others():
     assert LoadedTask("little", (writes,)).chance(config) is None
     assert LoadedTask("group", (Little(), Little())).chance(config) is None
     assert guessing([2, 0]) is None and guessing([]) is None
+
+
+def test_chance_is_unknown_where_several_answers_are_right_or_the_task_counts_in_a_way_of_its_own():
+    several, own, older = Little(), Little(), Little()
+    several.multiple_target = 2
+    own.config.process_results = lambda doc, results: {"acc": 0.3}  # as truthfulqa_mc2
+    del older.multiple_target  # a task that is a class of its own need not have it
+    assert [LoadedTask("little", (task,)).chance(TaskConfig(("x",))) for task in (several, own, older)] == [None] * 3
 
 
 def test_a_fingerprint_is_of_what_is_asked():
