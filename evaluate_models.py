@@ -19,7 +19,8 @@ from LLMPruner.evaluator.plots import PLOT_SUFFIXES, check_plot
 from LLMPruner.evaluator.table import LANGUAGES, ROLES
 from LLMPruner.evaluator.tasks import TaskConfig
 from LLMPruner.run import start_logging, stop_logging
-from LLMPruner.stages.evaluate import EvaluationJob, check, draw, evaluate, find_models, tell
+from LLMPruner.stages.evaluate import draw, evaluate, tell
+from LLMPruner.stages.evaluation_job import EvaluationJob, check, find_models
 from LLMPruner.stages.extras import Extras, GenerateConfig
 
 
