@@ -13,18 +13,19 @@ from typing import Any
 import LLMPruner
 from LLMPruner.config import CommonConfig
 from LLMPruner.evaluator.results import Subject, described
-from LLMPruner.model.source import SMALL_FILES, ModelSource, weight_files
+from LLMPruner.model.source import ModelSource, small_files, weight_files
 from LLMPruner.run import versions
 
 
 def subject_of(name: str, source: ModelSource) -> Subject:
-    """The model with a hash of all its files: of the weights samples and when they were written, of the others everything."""
+    """The model with a hash of all files that it is read from: of the weights samples and when they were written, of the others
+    everything."""
     digest = hashlib.sha256(source.fingerprint().encode())
     for path in weight_files(source):
         digest.update(str(path.stat().st_mtime_ns).encode())
     if source.kind == "hf":
-        for path in sorted({path for pattern in SMALL_FILES for path in source.path.glob(pattern)}):
-            digest.update(path.name.encode() + path.read_bytes())
+        for path in small_files(source.path):
+            digest.update(path.relative_to(source.path).as_posix().encode() + path.read_bytes())
     return Subject(name, os.fspath(source.path), source.plan.total_params, digest.hexdigest()[:32])
 
 

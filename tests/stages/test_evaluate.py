@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,10 @@ from LLMPruner.evaluator.ppl import measure
 from LLMPruner.evaluator.tasks import TaskConfig
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import load_model, load_tokenizer, save_model
+from LLMPruner.model.source import find_model
 from LLMPruner.stages.evaluate import evaluate, report
 from LLMPruner.stages.evaluation_job import EvaluationJob, check, find_models
+from LLMPruner.stages.subjects import subject_of
 
 TWO = EvalConfig(("wikitext2", "ptb"), 32, 5)
 
@@ -171,6 +174,26 @@ def test_a_model_that_was_written_anew_is_measured_anew(job, trained_dir, tmp_pa
         values.append(records[0]["value"])
     assert len(measured) == 4 and len(set(values[:3])) == 3 and values[3] == values[2]
     assert len(json.loads((tmp_path / "r.json").read_text())["records"]) == 1  # of a name the newest
+
+
+def test_what_is_written_into_a_models_folder_is_no_part_of_it(trained_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(trained_dir, folder)
+
+    def fingerprint() -> str:
+        return subject_of("it", find_model(str(folder), "")).fingerprint
+
+    first = fingerprint()
+    for name in ("results.json", "notes.jinja", "tokenizer.model"):
+        (folder / name).write_text("[]")
+        assert fingerprint() == first
+    (folder / "additional_chat_templates").mkdir()
+    seen = {first}
+    for name in ("chat_template.jinja", "additional_chat_templates/short.jinja", "generation_config.json", "tokenizer.json"):
+        before = (folder / name).read_text() if (folder / name).exists() else ""
+        (folder / name).write_text(before + "\n")
+        seen.add(fingerprint())
+    assert len(seen) == 5
 
 
 def test_without_resume_a_file_is_replaced_and_with_it_other_models_stay(job, tmp_path):
