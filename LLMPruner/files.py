@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +198,13 @@ def existing_path(path: str, flag: str) -> Path:
     return place
 
 
-def check_output_file(path: str, flag: str) -> None:
-    """Raise UsageError unless a file can be written at `path`."""
+def check_output_file(path: str, flag: str, taken: Mapping[str, Iterable[Path]] | None = None) -> Path:
+    """`path` with the home folder filled in. Raises UsageError unless a file can be written there, or where it is one of those
+    that are `taken`, by the flag that names them: read by the same command, or written."""
     place = existing_path(path, flag)
+    for other, files in (taken or {}).items():
+        if any(place.resolve() == file.resolve() for file in files):
+            raise UsageError(f"{flag} {path} is a file of {other}: give another name")
     special = place.exists() and not place.is_file()  # a folder, or a device that a rename would replace
     try:
         with tempfile.TemporaryFile(dir=place.parent):  # permissions alone do not tell of file systems like /proc
@@ -209,6 +213,7 @@ def check_output_file(path: str, flag: str) -> None:
         writable = False
     if not writable:
         raise UsageError(f"{flag} {path} cannot be written: give a file in an existing, writable folder")
+    return place
 
 
 def check_output_folder(path: str, flag: str) -> Path:

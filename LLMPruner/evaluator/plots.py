@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -106,13 +106,13 @@ WORDS = {
 CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei", "Microsoft YaHei")
 
 
-def check_plot(path: str) -> None:
-    """Raise UsageError unless a picture can be written at `path`."""
+def check_plot(path: str, taken: Mapping[str, Iterable[Path]] | None = None) -> None:
+    """Raise UsageError unless a picture can be written at `path`; `taken` as in `check_output_file`."""
     if Path(path).suffix.lower() not in PLOT_SUFFIXES:
         raise UsageError(f"--plot {path} must end in {', '.join(PLOT_SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install matplotlib")
-    check_output_file(path, "--plot")
+    check_output_file(path, "--plot", taken)
 
 
 def plot_overview(path: Path, table: Overview, lang: str = "en") -> None:

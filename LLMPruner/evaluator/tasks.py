@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.config import require_at_least, setting
@@ -54,6 +55,11 @@ class TaskConfig:
         for entry in () if self.tasks else fields(self):
             if getattr(self, entry.name) != entry.default:
                 raise UsageError(f"--{entry.name} needs --tasks")
+
+    @property
+    def files(self) -> list[Path]:
+        """The YAMLs among them."""
+        return [existing_path(name, "--tasks") for name in self.names if _is_path(name)]
 
     @property
     def names(self) -> list[str]:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from LLMPruner import parallel
 from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
-from LLMPruner.data.corpora import check_corpus
+from LLMPruner.data.corpora import check_corpus, local_file
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.compare import flag_of
+from LLMPruner.evaluator.plots import check_plot
 from LLMPruner.evaluator.results import read_results
 from LLMPruner.evaluator.table import in_order
 from LLMPruner.evaluator.tasks import TaskConfig, check_tasks
 from LLMPruner.files import check_output_file
-from LLMPruner.model.source import ModelSource, check_seq_len, find_model
+from LLMPruner.model.source import ModelSource, check_seq_len, files_at, find_model
 from LLMPruner.stages import extras
 from LLMPruner.stages.extras import Extras
 
@@ -32,6 +33,7 @@ class EvaluationJob:
     common: CommonConfig = CommonConfig()
     baseline: str | None = None  # the others are compared to it; None: the original, else the first
     results: Path | None = None
+    plot: Path | None = None
     resume: bool = False
     command: str = ""
 
@@ -70,12 +72,7 @@ def check(job: EvaluationJob) -> None:
         raise UsageError("nothing to measure: --no_ppl needs --tasks, --efficiency, --generate or --engine")
     if job.dense not in job.sources:
         raise UsageError(f"--baseline {job.dense} is none of the models: {', '.join(job.sources)}")
-    if job.results is not None:
-        check_output_file(str(job.results), "--save_results")
-        if job.resume and job.results.exists():
-            read_results(job.results)
-    elif job.resume:
-        raise UsageError("--resume needs --save_results FILE: it has what was measured")
+    _check_outputs(job)
     for flag, asked in (("--efficiency", job.efficiency), ("--tasks", job.tasks), ("--generate", job.extras.prompt)):
         if asked is not None and job.common.stream == "on":
             raise UsageError(f"{flag} measures models in memory: run it without --stream on")
@@ -87,6 +84,29 @@ def check(job: EvaluationJob) -> None:
         check_tasks(job.tasks)
     for name in job.ppl.datasets if job.ppl is not None else ():
         check_corpus(name, job.common.data_dir, "test", job.ppl.seq_len, job.common.text_format)
+
+
+def _check_outputs(job: EvaluationJob) -> None:
+    """Raise UsageError where what is to be written cannot be, or is one of the files that are read."""
+    taken: dict[str, list[Path]] = {flag_of(name): files_at(source.path) for name, source in job.sources.items()}
+    if job.ppl is not None:
+        files = [local_file(name, job.common.data_dir, "test") for name in job.ppl.datasets]
+        taken["--eval_datasets"] = [file for file in files if file is not None]
+    if job.tasks is not None:
+        taken["--tasks"] = job.tasks.files
+    exports = extras.exports(job.sources, job.extras.engine)
+    taken["--engine_exports"] = [file for path in exports.values() for file in files_at(path)]
+    if job.results is not None:
+        check_output_file(str(job.results), "--save_results", taken)
+        taken["--save_results"] = [job.results]
+        if job.resume and job.results.exists():
+            read_results(job.results)
+    elif job.resume:
+        raise UsageError("--resume needs --save_results FILE: it has what was measured")
+    if job.plot is not None:
+        check_plot(str(job.plot), taken)
+        if job.ppl is None and job.tasks is None and job.efficiency is None:
+            raise UsageError("--plot draws PPL, tasks and --efficiency: ask for one of them, or leave --plot out")
 
 
 def _check_lengths(job: EvaluationJob) -> None:
