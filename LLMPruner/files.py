@@ -153,28 +153,44 @@ def write_json(path: Path, data: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder is this process's alone while the context is open; the lock goes with the process, whatever it dies of.
+def locked(path: Path) -> Iterator[None]:
+    """The folder or file is this process's alone while the context is open; a lock goes with its process, however that ends.
 
+    A file need not be there yet and may be replaced: what is locked is an empty one beside it, which goes with the context.
     Raises UsageError where another process has it. File systems that know no locks are passed over.
     """
     try:
-        import fcntl
+        import fcntl  # noqa: F401
     except ImportError:  # Windows
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UsageError(f"another run is at work in {folder}: wait until it is over, or choose another name") from error
-    except OSError:
-        pass
+    place = path if path.is_dir() else path.with_name(f".{path.name}.lock")
+    handle = _lock(place, path)
     try:
         yield
     finally:
+        if place != path:
+            place.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _lock(place: Path, path: Path) -> int:
+    """The open file or folder `place` with a lock on it, for `path`. Raises UsageError where another process has it."""
+    import fcntl
+
+    while True:
+        handle = os.open(place, os.O_RDONLY if place == path else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise UsageError(f"another run is at work in {path}: wait until it is over, or choose another name") from error
+        except OSError:
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), place.stat()):
+                return handle
+        os.close(handle)  # whoever had it removed it just before: a lock on what is gone keeps nobody out
 
 
 def read_json_file(path: Path, what: str) -> Any:

@@ -6,6 +6,7 @@ is missing; every figure is in the results file before the next one is measured.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -14,10 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from LLMPruner import parallel
 from LLMPruner.evaluator.compare import baseline_first
 from LLMPruner.evaluator.overview import FORMATS, Overview, as_text, overview
 from LLMPruner.evaluator.results import Figure, Measurement, Record, Results, Subject
 from LLMPruner.evaluator.table import ROLES, comparison_table, results_json, tables_of
+from LLMPruner.files import locked
 from LLMPruner.stages import extras
 from LLMPruner.stages.evaluation_job import EvaluationJob
 from LLMPruner.stages.measurements import (
@@ -113,7 +116,17 @@ def _perplexity(record: Record) -> Perplexity:
 
 
 def evaluate(job: EvaluationJob) -> Evaluation:
-    """Measure what the results file has not, and keep it there. Raises UsageError for what only texts and tokenizers tell."""
+    """Measure what the results file has not, and keep it there.
+
+    Raises UsageError for what only texts and tokenizers tell, and where another run writes into the file.
+    """
+    with contextlib.ExitStack() as held:
+        if job.results is not None and parallel.main():
+            held.enter_context(locked(job.results))
+        return _evaluate(job)
+
+
+def _evaluate(job: EvaluationJob) -> Evaluation:
     from LLMPruner.model.load import load_tokenizer
 
     run, measures = provenance(job.common, job.command), {}

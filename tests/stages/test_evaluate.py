@@ -24,7 +24,7 @@ from LLMPruner.evaluator.tasks import TaskConfig
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import load_model, load_tokenizer, save_model
 from LLMPruner.model.source import find_model
-from LLMPruner.stages.evaluate import evaluate, report
+from LLMPruner.stages.evaluate import evaluate, overview_of, report
 from LLMPruner.stages.evaluation_job import EvaluationJob, check, find_models
 from LLMPruner.stages.subjects import subject_of
 
@@ -146,11 +146,15 @@ def test_a_figure_is_taken_only_where_all_that_it_depends_on_is_the_same(job, tm
     job = replace(job, sources=small, ppl=replace(TWO, datasets=("ptb",)), results=tmp_path / "r.json", resume=True)
     first = evaluate(job).records
     assert len(measured) == 1
-    evaluate(CHANGES[change](job))
-    assert len(measured) == (1 if change == "nothing" else 2)
+    second = evaluate(CHANGES[change](job))
+    assert len(measured) == len(json.loads((tmp_path / "r.json").read_text())["records"]) == (1 if change == "nothing" else 2)
+    assert len(second.records) == 1 and (second.records[0]["key"] == first[0]["key"]) == (change == "nothing")
     saved = json.loads((tmp_path / "r.json").read_text())
-    # the other figures stay, but for that of the same settings in another precision
-    assert (first[0]["key"] in {r["key"] for r in saved["records"]}) == (change != "another precision")
+    assert saved["models"]["original"]["ppl"]["ptb"]["ppl"] == second.records[0]["value"], "what is told is today's"
+    (row,) = json.loads(report(second, "json", "en"))
+    assert row["ppl ptb"] == second.records[0]["value"] and len(overview_of(second, "en").section("ppl")) == 1
+    assert evaluate(job).records[0]["value"] == first[0]["value"]
+    assert len(measured) == (1 if change == "nothing" else 2), "what was measured first is there still"
 
 
 def test_a_model_that_was_written_anew_is_measured_anew(job, trained_dir, tmp_path, measured, tokenizer):
@@ -173,7 +177,10 @@ def test_a_model_that_was_written_anew_is_measured_anew(job, trained_dir, tmp_pa
         records = evaluate(replace(job, sources=find_models({}, [f"it={folder}"]))).records
         values.append(records[0]["value"])
     assert len(measured) == 4 and len(set(values[:3])) == 3 and values[3] == values[2]
-    assert len(json.loads((tmp_path / "r.json").read_text())["records"]) == 1  # of a name the newest
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert len(saved["records"]) == 4 and saved["models"]["it"]["ppl"]["ptb"]["ppl"] == values[-1]
+    assert evaluate(replace(job, sources=find_models({}, [f"it={folder}"]), resume=False)).records[0]["value"] == values[-1]
+    assert len(json.loads((tmp_path / "r.json").read_text())["records"]) == 1, "without --resume the file is a new one"
 
 
 def test_what_is_written_into_a_models_folder_is_no_part_of_it(trained_dir, tmp_path):
@@ -194,6 +201,24 @@ def test_what_is_written_into_a_models_folder_is_no_part_of_it(trained_dir, tmp_
         (folder / name).write_text(before + "\n")
         seen.add(fingerprint())
     assert len(seen) == 5
+
+
+def test_two_commands_on_one_file_lose_nothing_because_the_second_is_refused(job, tmp_path, monkeypatch):
+    job = replace(job, sources={"original": job.sources["original"]}, ppl=replace(TWO, datasets=("ptb",)))
+    job, other, refused = replace(job, results=tmp_path / "r.json"), replace(job, results=tmp_path / "s.json"), []
+
+    def during(runner, windows, label, *rest):
+        monkeypatch.setattr(ppl, "measure", measure)
+        evaluate(other)
+        with pytest.raises(UsageError, match=f"another run is at work in {job.results}: wait") as error:
+            evaluate(replace(job, resume=True))
+        refused.append(error)
+        return measure(runner, windows, label, *rest)
+
+    monkeypatch.setattr(ppl, "measure", during)
+    evaluate(job)
+    assert refused and len(json.loads(job.results.read_text())["records"]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "s.json"}
 
 
 def test_without_resume_a_file_is_replaced_and_with_it_other_models_stay(job, tmp_path):
