@@ -140,12 +140,17 @@ def _readable(table: Overview, lang: str) -> tuple[Overview, str, list[str]]:
         lang, fonts = "en", ["DejaVu Sans"]
     said, columns = {}, []
     for place, name in enumerate(table.names, start=1):
-        said[name] = name if _take(fonts, name) else WORDS[lang]["model"].format(place=place)
+        said[name] = _plain(name) if _take(fonts, name) else WORDS[lang]["model"].format(place=place)
     for column in table.columns:
-        title = "".join(char if _take(fonts, char) else "?" for char in column.title)
+        title = _plain("".join(char if _take(fonts, char) else "?" for char in column.title))
         values, errors = ({said[name]: number for name, number in part.items()} for part in (column.values, column.errors))
         columns.append(replace(column, title=title, values=values, errors=errors))
     return Overview(list(said.values()), said[table.baseline], columns), lang, fonts
+
+
+def _plain(text: str) -> str:
+    """A text in which no dollar begins a formula."""
+    return text.replace("$", r"\$")
 
 
 def _take(fonts: list[str], text: str) -> bool:

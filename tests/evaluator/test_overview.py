@@ -75,6 +75,19 @@ def test_a_model_that_has_not_everything_is_not_in_the_means():
     assert list(mean.values) == ["b&w_1|2"] and not any("mean %" in column.key for column in table.columns)
 
 
+def test_texts_of_one_file_name_are_told_apart_by_as_much_of_the_path_as_it_takes():
+    names = ["/a/x/text.txt", "/b/x/text.txt", "x/text.txt", "/c/other.txt", "wikitext2", "./y/text.txt"]
+    rows = [record("dense", "ppl", name, "ppl", 10.0) for name in names]
+    titles = [column.title for column in overview(rows, list(SIZES), "dense").section("ppl")]
+    assert titles == ["a/x/text.txt", "b/x/text.txt", "x/text.txt", "other.txt", "wikitext2", "y/text.txt"]
+
+
+def test_a_model_whose_name_begins_like_an_argument_of_latex_is_none():
+    rows = [record("dense", "ppl", "ptb", "ppl", 10.0) | {"model": name} for name in ("[1em]", "*", "a[*]")]
+    latex = FORMATS["latex"](overview(rows, ["[1em]", "*", "a[*]"], "[1em]"), "en")
+    assert [line.split(" & ")[0] for line in latex.splitlines() if " & " in line] == ["Model", "{}[1em]", "{}*", "a[*]"]
+
+
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_text_lines_up(table, lang):
     for block in FORMATS["text"](table, lang).split("\n\n"):
