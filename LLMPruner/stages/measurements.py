@@ -11,7 +11,8 @@ from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.compare import flag_of, measure_costs, shared_windows
 from LLMPruner.evaluator.results import Figure, Measurement, Subject
-from LLMPruner.evaluator.tasks import LoadedTask, TaskConfig, load_tasks, measure_task, version
+from LLMPruner.evaluator.task_index import version
+from LLMPruner.evaluator.tasks import LoadedTask, TaskConfig, load_tasks, measure_task
 from LLMPruner.model.source import ModelSource
 
 if TYPE_CHECKING:
