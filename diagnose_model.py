@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from LLMPruner import cli
-from LLMPruner.data.corpora import check_corpus
+from LLMPruner.data.corpora import check_corpus, local_file
 from LLMPruner.errors import DamagedError, UsageError
 from LLMPruner.evaluator.damage import DiagnosisConfig
-from LLMPruner.files import check_output_file, write_json, write_text
-from LLMPruner.model.source import check_seq_len, find_model
+from LLMPruner.files import check_output_file, existing_path, write_json, write_text
+from LLMPruner.model.source import check_seq_len, files_at, find_model
 
 if TYPE_CHECKING:
     from LLMPruner.evaluator.health import Diagnosis
@@ -33,17 +33,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raise UsageError unless what is to be written can be."""
-    if args.save_report is not None:
-        check_output_file(args.save_report, "--save_report")
-    if args.plot is None:
-        return
-    if Path(args.plot).suffix.lower() != ".png":
+def outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """What is to be written, by flag. Raises UsageError where it cannot be, or is one of the files that are read."""
+    given = {f"--{name}": getattr(args, name) for name in ("model_path", "original_model")}
+    taken = {flag: files_at(existing_path(path, flag)) for flag, path in given.items() if path is not None}
+    if args.dataset is not None and (text := local_file(args.dataset, args.data_dir, "test")):
+        taken["--dataset"] = [text]
+    if args.plot is not None and Path(args.plot).suffix.lower() != ".png":
         raise UsageError(f"--plot {args.plot} must end in .png")
-    check_output_file(args.plot, "--plot")
-    if args.save_report is not None and Path(args.plot).resolve() == Path(args.save_report).resolve():
-        raise UsageError("--plot and --save_report name the same file")
+    places: dict[str, Path] = {}
+    for name in ("save_report", "plot"):
+        if getattr(args, name) is not None:
+            places[name] = check_output_file(getattr(args, name), f"--{name}", taken)
+            taken[f"--{name}"] = [places[name]]
+    return places
 
 
 def diagnosis_config(args: argparse.Namespace) -> DiagnosisConfig:
@@ -67,6 +70,8 @@ def diagnose(args: argparse.Namespace) -> Diagnosis:
 
         return unreadable(args.model_path, error)
     original = None if args.original_model is None else find_model(args.original_model, "--original_model")
+    if original is not None and original.is_pruned:
+        raise UsageError(f"--original_model {args.original_model} is pruned itself: give the dense model it came from")
     if original is not None and comparable(original.geometry) != comparable(source.geometry):
         raise UsageError(f"--original_model {args.original_model} is not the dense model of {source.path}: its sizes differ")
     for model in () if original is None or text.dataset is None else (original, source):
@@ -91,23 +96,22 @@ def comparable(geometry: Geometry) -> tuple[int, ...]:
 def recipe(argv: Sequence[str]) -> int:
     """Parse, check, diagnose; returns 0 for a healthy model, 1 for an unhealthy one."""
     args = build_parser().parse_args(argv)
-    check_outputs(args)
+    places = outputs(args)
     diagnosis = diagnose(args)
 
     from LLMPruner.evaluator.report import report_text
 
     report = report_text(diagnosis)
     print(report, end="")
-    if args.save_report is not None:
-        path = Path(args.save_report)
+    if path := places.get("save_report"):
         if path.suffix == ".json":
             write_json(path, diagnosis.as_dict())
         else:
             write_text(path, report)
-    if args.plot is not None and diagnosis.damage is not None:
+    if "plot" in places and diagnosis.damage is not None:
         from LLMPruner.evaluator.damage_plot import plot_damage
 
-        plot_damage(Path(args.plot), diagnosis.damage)
+        plot_damage(places["plot"], diagnosis.damage)
     return 0 if diagnosis.healthy else 1
 
 

@@ -8,18 +8,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from LLMPruner import cli, parallel
 from LLMPruner.config import EfficiencyConfig, EvalConfig, require_at_least
-from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.engines import EngineConfig
 from LLMPruner.evaluator.overview import FORMATS
-from LLMPruner.evaluator.plots import PLOT_SUFFIXES, check_plot
+from LLMPruner.evaluator.plots import PLOT_SUFFIXES
 from LLMPruner.evaluator.table import LANGUAGES, ROLES
 from LLMPruner.evaluator.tasks import TaskConfig
+from LLMPruner.files import existing_path
 from LLMPruner.run import start_logging, stop_logging
-from LLMPruner.stages.evaluate import EvaluationJob, check, draw, evaluate, find_models, tell
+from LLMPruner.stages.evaluate import draw, evaluate, tell
+from LLMPruner.stages.evaluation_job import EvaluationJob, check, find_models
 from LLMPruner.stages.extras import Extras, GenerateConfig
 
 
@@ -66,7 +66,8 @@ def job_of(args: argparse.Namespace, argv: Sequence[str]) -> EvaluationJob:
         extras=Extras(cli.config_of(GenerateConfig, args), cli.config_of(EngineConfig, args), efficiency),
         common=cli.common_config(args),
         baseline=args.baseline,
-        results=None if args.save_results is None else Path(args.save_results).expanduser(),
+        results=None if args.save_results is None else existing_path(args.save_results, "--save_results"),
+        plot=None if args.plot is None else existing_path(args.plot, "--plot"),
         resume=args.resume,
         command=shlex.join(["python", "evaluate_models.py", *argv]),
     )
@@ -75,10 +76,6 @@ def job_of(args: argparse.Namespace, argv: Sequence[str]) -> EvaluationJob:
 def recipe(argv: Sequence[str]) -> None:
     """Parse, check, measure, print, draw."""
     args = build_parser().parse_args(argv)
-    if args.plot is not None:
-        check_plot(args.plot)
-        if not (args.ppl or args.tasks or args.efficiency):
-            raise UsageError("--plot draws PPL, tasks and --efficiency: ask for one of them, or leave --plot out")
     job = job_of(args, argv)
     check(job)
     with contextlib.redirect_stdout(sys.stdout if args.format == "text" else sys.stderr):  # what a pipe reads is the table
@@ -89,8 +86,8 @@ def recipe(argv: Sequence[str]) -> None:
             stop_logging(handlers)
     if parallel.main():
         tell(evaluation, args.format, args.table_lang)
-        if args.plot is not None:
-            draw(Path(args.plot).expanduser(), evaluation, args.table_lang)
+        if job.plot is not None:
+            draw(job.plot, evaluation, args.table_lang)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,28 +153,44 @@ def write_json(path: Path, data: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder is this process's alone while the context is open; the lock goes with the process, whatever it dies of.
+def locked(path: Path) -> Iterator[None]:
+    """The folder or file is this process's alone while the context is open; a lock goes with its process, however that ends.
 
+    A file need not be there yet and may be replaced: what is locked is an empty one beside it, which goes with the context.
     Raises UsageError where another process has it. File systems that know no locks are passed over.
     """
     try:
-        import fcntl
+        import fcntl  # noqa: F401
     except ImportError:  # Windows
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UsageError(f"another run is at work in {folder}: wait until it is over, or choose another name") from error
-    except OSError:
-        pass
+    place = path if path.is_dir() else path.with_name(f".{path.name}.lock")
+    handle = _lock(place, path)
     try:
         yield
     finally:
+        if place != path:
+            place.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _lock(place: Path, path: Path) -> int:
+    """The open file or folder `place` with a lock on it, for `path`. Raises UsageError where another process has it."""
+    import fcntl
+
+    while True:
+        handle = os.open(place, os.O_RDONLY if place == path else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise UsageError(f"another run is at work in {path}: wait until it is over, or choose another name") from error
+        except OSError:
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), place.stat()):
+                return handle
+        os.close(handle)  # whoever had it removed it just before: a lock on what is gone keeps nobody out
 
 
 def read_json_file(path: Path, what: str) -> Any:
@@ -198,9 +214,13 @@ def existing_path(path: str, flag: str) -> Path:
     return place
 
 
-def check_output_file(path: str, flag: str) -> None:
-    """Raise UsageError unless a file can be written at `path`."""
+def check_output_file(path: str, flag: str, taken: Mapping[str, Iterable[Path]] | None = None) -> Path:
+    """`path` with the home folder filled in. Raises UsageError unless a file can be written there, or where it is one of those
+    that are `taken`, by the flag that names them: read by the same command, or written."""
     place = existing_path(path, flag)
+    for other, files in (taken or {}).items():
+        if any(place.resolve() == file.resolve() for file in files):
+            raise UsageError(f"{flag} {path} is a file of {other}: give another name")
     special = place.exists() and not place.is_file()  # a folder, or a device that a rename would replace
     try:
         with tempfile.TemporaryFile(dir=place.parent):  # permissions alone do not tell of file systems like /proc
@@ -209,6 +229,7 @@ def check_output_file(path: str, flag: str) -> None:
         writable = False
     if not writable:
         raise UsageError(f"{flag} {path} cannot be written: give a file in an existing, writable folder")
+    return place
 
 
 def check_output_folder(path: str, flag: str) -> Path:

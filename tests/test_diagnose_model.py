@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import make_text, tiny_model
 from safetensors.torch import load_file, save_file
 
 import diagnose_model as script
+from LLMPruner.export.hf import write_hf
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import LoadedModel, load_model, save_model
@@ -112,6 +114,45 @@ def test_another_dense_model_is_refused(pruned, tokenizer, capsys):
         assert f"--original_model {name} is not the dense model of m.bin" in err
 
 
+def test_a_pruned_model_is_no_dense_one(pruned, trained_dir, tokenizer, capsys):
+    for path in (pruned, Path("export")):
+        if path.name == "export":
+            write_hf(path, load_model(find_model(str(pruned), ""), dtype="float32", device="cpu"), {})
+        code, out, err = run(capsys, f"--model_path={trained_dir}", f"--original_model={path}", "--save_report=r.json")
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert f"--original_model {path} is pruned itself: give the dense model it came from" in err
+    assert not Path("r.json").exists()
+
+
+def test_what_is_written_may_lie_in_the_home_folder(pruned, trained_dir, capsys, monkeypatch, tmp_path):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    flags = [f"--model_path={pruned}", f"--original_model={trained_dir}", "--save_report=~/r.json", "--plot=~/d.png"]
+    assert run(capsys, *flags)[0] == 0
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"r.json", "d.png"} and not Path("~").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--save_report=./m.bin"], "--save_report ./m.bin is a file of --model_path"),
+        (["--plot=link.png"], "--plot link.png is a file of --model_path"),
+        (["--save_report=dense/config.json"], "config.json is a file of --original_model"),
+        (["--save_report=dense/model.safetensors"], "model.safetensors is a file of --original_model"),
+        (["--save_report=own.txt", "--dataset=own.txt"], "--save_report own.txt is a file of --dataset"),
+        (["--save_report=d.png", "--plot=./d.png"], "--plot ./d.png is a file of --save_report"),
+    ],
+)
+def test_what_is_read_is_not_written_over(pruned, trained_dir, capsys, flags, words):
+    shutil.copytree(trained_dir, "dense")
+    Path("own.txt").write_text(make_text(30, 0))
+    Path("link.png").symlink_to("m.bin")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    code, out, err = run(capsys, f"--model_path={pruned}", "--original_model=dense", *flags)
+    assert code == 2 and out == "" and words in err and err.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
@@ -171,6 +212,7 @@ def test_a_strangers_pickle_is_never_executed(folder, capsys, write):
         ([], "--model_path"),
         (["--model_path=/nowhere/m.bin"], "does not exist"),
         (["--model_path=."], "config.json"),
+        (["--model_path=" + 300 * "x", "--save_report=r.txt"], "cannot be read: File name too long"),
         (["--model_path=notes.txt"], "not a model"),
         (["--model_path=m.bin", "--save_report=none/r.txt"], "--save_report"),
         (["--model_path=m.bin", "--save_report=."], "--save_report"),

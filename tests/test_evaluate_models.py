@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -207,13 +208,14 @@ def test_the_documents_table_stays_where_the_three_roles_are_all(command, traine
     assert out.split("=" * 80 + "\nPPL 对比结果\n")[1].endswith("=" * 80 + "\n") and "剪枝后模型" in out
 
 
-def test_local_files_and_strides_are_measured_of_any_models(command, trained_dir, pruned_bin, data_dir):
+def test_local_files_and_strides_are_measured_of_any_models(command, trained_dir, pruned_bin, data_dir, tokenizer):
     file = data_dir / "ptb" / "test.txt"
     flags = ["--models", f"a={trained_dir}", f"b={pruned_bin}", "--eval_datasets", file, "--seq_len=64", "--stride=16"]
     assert command(*flags, "--save_results=r.json", "--plot=p.svg") == 0
     saved = results()
     measured = saved["models"]["b"]["ppl"][str(file)]
-    assert (saved["stride"], measured["stride"]) == (16, 16) and measured["tokens"] == 16 * measured["windows"] + 47
+    text = "\n\n".join(row for row in file.read_text().split("\n") if row)
+    assert (saved["stride"], measured["stride"]) == (16, 16) and measured["tokens"] == len(tokenizer(text).input_ids) - 1
     assert "<svg" in Path("p.svg").read_text()
 
 
@@ -236,6 +238,38 @@ def test_the_documents_loop_runs_as_written_and_cheaply_again(command, trained_d
     monkeypatch.setattr("LLMPruner.model.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     loop("--resume")
     assert [results(f"results_{ratio}pct.json")["models"]["finetuned"]["ppl"] for ratio in (15, 25, 35)] == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--save_results=./m.bin"], "--save_results m.bin is a file of --pruned_model"),
+        (["--save_results=link.json"], "--save_results link.json is a file of --pruned_model"),
+        (["--save_results=dense/config.json"], "is a file of --original_model"),
+        (["--save_results=dense/model.safetensors"], "is a file of --original_model"),
+        (["--save_results=own.txt", "--eval_datasets", "wikitext2", "own.txt"], "is a file of --eval_datasets"),
+        (["--save_results={data}/wikitext-2-raw/test.txt"], "test.txt is a file of --eval_datasets"),
+        (["--save_results=g.yaml", "--tasks", "g.yaml"], "is a file of --tasks"),
+        (["--save_results=m.gguf", "--engine=llama.cpp", "--engine_exports", "pruned=m.gguf"], "is a file of --engine_exports"),
+        (["--save_results=p.svg", "--plot=./p.svg"], "--plot p.svg is a file of --save_results"),
+        (["--plot=p.png"], "--plot p.png is a file of --pruned_model"),
+    ],
+)
+def test_what_is_read_is_not_written_over(command, trained_dir, pruned_bin, data_dir, capsys, monkeypatch, flags, words):
+    monkeypatch.setattr("LLMPruner.model.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    shutil.copytree(trained_dir, "dense")
+    shutil.copy(pruned_bin, "m.bin")
+    for link in ("link.json", "p.png"):
+        Path(link).symlink_to("m.bin")
+    for name in ("own.txt", "g.yaml", "m.gguf"):
+        Path(name).write_text(make_text(30, 0))
+    text = (data_dir / "wikitext-2-raw" / "test.txt").read_text()
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert command("--original_model=dense", "--pruned_model=m.bin", *(flag.format(data=data_dir) for flag in flags)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert (data_dir / "wikitext-2-raw" / "test.txt").read_text() == text
 
 
 @pytest.mark.parametrize(

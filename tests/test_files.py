@@ -281,12 +281,45 @@ for write in (lambda path: torch.save(big, path), lambda path: save_file(big, pa
     assert not any(tmp_path.iterdir())
 
 
-def test_a_locked_folder_is_one_processs_alone(tmp_path):
-    with locked(tmp_path):
-        with pytest.raises(UsageError, match="another run is at work"), locked(tmp_path):
-            pass
-        code = f"from pathlib import Path; from LLMPruner.files import locked; locked(Path({str(tmp_path)!r})).__enter__()"
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-        assert "another run is at work" in run.stderr
-    with locked(tmp_path):
+@pytest.mark.parametrize("name", [".", "new.json", "old.json"])
+def test_what_is_locked_is_one_processs_alone(tmp_path, name):
+    """A folder, or a file that is there or not yet, and that is written anew meanwhile."""
+    (tmp_path / "old.json").write_text("old")
+    path = tmp_path / name
+    for _ in range(2):
+        with locked(path):
+            if name != ".":
+                write_text(path, "new")
+            with pytest.raises(UsageError, match=f"another run is at work in {path}: wait"), locked(path):
+                pass
+            code = f"from pathlib import Path; from LLMPruner.files import locked; locked(Path({str(path)!r})).__enter__()"
+            run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+            assert "another run is at work" in run.stderr
+            with locked(tmp_path / "other.json"):
+                pass
+        assert names(tmp_path) == {"old.json"} | ({name} - {"."}), "nothing is left behind"
+
+
+def test_a_lock_of_the_dead_is_nobodys(tmp_path):
+    (tmp_path / ".r.json.lock").touch()
+    with locked(tmp_path / "r.json"), pytest.raises(UsageError), locked(tmp_path / "r.json"):
         pass
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_a_lock_that_its_owner_removes_just_before_it_is_taken_is_taken_anew(tmp_path, monkeypatch):
+    """Or two would hold it: one the file that is gone, and one the next."""
+    import fcntl
+
+    path, flock = tmp_path / "r.json", fcntl.flock
+
+    def late(handle, how):
+        (tmp_path / ".r.json.lock").unlink()  # by the owner, who parts
+        monkeypatch.setattr(fcntl, "flock", flock)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(path), pytest.raises(UsageError, match="another run"), locked(path):
+        pass
+    assert names(tmp_path) == set()

@@ -170,28 +170,29 @@ def holds_chats(name: str) -> bool:
 
 def chat_rows(name: str, data_dir: str | None) -> local.JsonLines | local.Table:
     """The rows of a corpus of chats as objects. Raises UsageError when they cannot be read."""
-    file = _local_file(name, data_dir, "train")
+    file = local_file(name, data_dir, "train")
     return local.Table(_hub_table(name, "train"), f"corpus {name}") if file is None else local.read_chat_rows(file)
 
 
 def is_local(name: str, split: str, data_dir: str | None) -> bool:
     """Whether the split of a named corpus lies below `data_dir`."""
-    return _local_file(name, data_dir, split) is not None
+    return local_file(name, data_dir, split) is not None
 
 
 def _rows(name: str, split: str, data_dir: str | None) -> Sequence[str | None]:
     if name in CORPORA and CORPORA[name].chats:
         raise UsageError(f"corpus {name} holds chats, which are for fine-tuning alone: use one of {', '.join(TEXTS)} here")
-    file = _local_file(name, data_dir, split)
+    file = local_file(name, data_dir, split)
     if file is not None:
         return local.read_rows(file, CORPORA[name].column if name in CORPORA else "text")
     return _news_rows(split) if name == "news" else _hub_table(name, split)[CORPORA[name].column]
 
 
-def _local_file(name: str, data_dir: str | None, split: str) -> Path | None:
+def local_file(name: str, data_dir: str | None, split: str) -> Path | None:
+    """The file on this machine that the split is read from; None: there is none. Raises UsageError where it cannot be told."""
     if name not in CORPORA:
-        return Path(name).expanduser()
-    folder = None if data_dir is None else Path(data_dir, CORPORA[name].folder).expanduser()
+        return existing_path(name, "corpus")
+    folder = None if data_dir is None else existing_path(os.fspath(Path(data_dir, CORPORA[name].folder)), "--data_dir")
     if folder is None or not folder.is_dir():
         return None
     try:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("LLMPruner")
 
+IGNORED = -100  # where a window has no token, or one that is not to be learned: no loss is taken of it, as torch has it
 HELD_OUT = 4  # every fourth calibration window is held out for the choices that a repair makes
 
 
@@ -168,7 +169,8 @@ def load_windows(
 ) -> torch.Tensor:
     """Windows of `seq_len` tokens, int64 `(n, seq_len)`, in the order of the text; each begins with `bos`, where given.
 
-    They lie side by side, or `stride` tokens from one to the next (not with `bos`).
+    They lie side by side, or `stride` tokens from one to the next (not with `bos`). With a `stride` and all windows, the last
+    one has what is left of the text, then IGNORED; side by side, and of some `samples`, the rest of the text is left out.
 
     `samples` windows are taken (0: all): spread evenly over the split, or drawn at random where `seed` is given. Raises
     UsageError when the split is shorter than one window. Of a corpus that is read in part they come from a random part of its
@@ -179,7 +181,7 @@ def load_windows(
     ids = stream(tokenizer, name, split, _tokens(samples, seq_len, stride), data_dir, text_format, seed)
     if bos is not None:
         ids, seq_len = ids[1:] if ids[0] == bos else ids, seq_len - 1
-    windows = cut(ids, seq_len, name, split, stride)
+    windows = cut(ids, seq_len, name, split, stride, whole=stride is not None and not samples)
     count = len(windows)
     warn(name, split, data_dir, text_format)
     windows = drawn(windows, samples, seed)
@@ -193,14 +195,23 @@ def load_windows(
     return windows
 
 
-def cut(ids: torch.Tensor, seq_len: int, name: str, split: str, stride: int | None = None) -> torch.Tensor:
+def cut(
+    ids: torch.Tensor, seq_len: int, name: str, split: str, stride: int | None = None, *, whole: bool = False
+) -> torch.Tensor:
     """A stream of tokens as windows, `(n, seq_len)`, each `stride` after the one before (None: `seq_len`).
 
-    Raises UsageError where there is not one.
+    The `whole` stream: where tokens are left that one more window would predict, it ends with IGNORED for those that it lacks.
+    Raises UsageError where there is not one window.
     """
     if len(ids) < seq_len:
         raise UsageError(f"corpus {name}, split {split}, has {len(ids)} tokens: shorter than one window of {seq_len}")
-    return ids.unfold(0, seq_len, stride or seq_len)
+    stride = stride or seq_len
+    left = (len(ids) - seq_len) % stride
+    if whole and left > (1 if stride == seq_len else 0):  # the first token of a window is not predicted
+        import torch
+
+        ids = torch.cat([ids, ids.new_full((stride - left,), IGNORED)])
+    return ids.unfold(0, seq_len, stride)
 
 
 def warn(name: str, split: str, data_dir: str | None, text_format: str) -> None:

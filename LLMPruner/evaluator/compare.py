@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from LLMPruner import parallel
 from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
 from LLMPruner.data.windows import evaluation_windows, read_alike
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.table import ROLES
-from LLMPruner.model.device import dtype_name
 from LLMPruner.model.load import load_model
-from LLMPruner.model.source import ModelSource, check_token_ids
+from LLMPruner.model.source import ModelSource, check_token_ids, weight_files
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+
+Value = TypeVar("Value")
+
+
+def baseline_first(models: Mapping[str, Value], baseline: str) -> dict[str, Value]:
+    """By name, in their order but for the one that the others are compared to."""
+    return {baseline: models[baseline], **models}
 
 
 def flag_of(name: str) -> str:
@@ -50,14 +57,12 @@ def measure_costs(
     common: CommonConfig,
     config: EfficiencyConfig,
 ) -> dict[str, Any]:
-    """Size and speed of all models side by side; prints the table. All are in memory together, so that repeats interleave."""
-    from LLMPruner.evaluator.efficiency import efficiency_table, measure_efficiency
+    """Size and speed of all models side by side, as plain values. All are in memory together, so that repeats interleave."""
+    from LLMPruner.evaluator.efficiency import measure_efficiency
 
     models = {
         role: load_model(source, dtype=common.dtype, device=common.device, tokenizer=tokenizers[role])
         for role, source in sources.items()
     }
-    measured = measure_efficiency(models, {role: source.path for role, source in sources.items()}, config)
-    model = next(iter(models.values())).model
-    print(efficiency_table(measured, str(model.device), dtype_name(model.dtype), config))
+    measured = measure_efficiency(models, {role: weight_files(source) for role, source in sources.items()}, config)
     return {role: result.as_dict() for role, result in measured.items()}

@@ -11,10 +11,10 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from tqdm import tqdm
@@ -39,6 +39,8 @@ GRAPH, FILLED = "graph", "filled"  # how tasks of what is served are called
 class Efficiency:
     """Figures of one model. Rates are tokens a second over the whole batch, times seconds, memory bytes."""
 
+    BY_BATCH: ClassVar = ("decode_rates", "served_decode_rates")
+
     parameters: int
     file_bytes: int
     flops_per_token: int
@@ -55,8 +57,14 @@ class Efficiency:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        names = ("decode_rates", "served_decode_rates")
-        return asdict(self) | {name: {str(batch): rate for batch, rate in getattr(self, name).items()} for name in names}
+        rates = {name: {str(batch): rate for batch, rate in getattr(self, name).items()} for name in self.BY_BATCH}
+        return asdict(self) | rates
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Efficiency:
+        """From the plain values of `as_dict`."""
+        rates = {name: {int(batch): rate for batch, rate in values[name].items()} for name in cls.BY_BATCH}
+        return cls(**values | rates | {"served_prompt": values["served_prompt"] and tuple(values["served_prompt"])})
 
 
 def flops_per_token(plan: PruningPlan, context: int) -> int:
@@ -93,9 +101,9 @@ def kv_bytes_per_token(model: LlamaForCausalLM, tokens: int = 8) -> int:
 
 
 def measure_efficiency(
-    models: Mapping[str, LoadedModel], files: Mapping[str, Path], config: EfficiencyConfig
+    models: Mapping[str, LoadedModel], files: Mapping[str, Sequence[Path]], config: EfficiencyConfig
 ) -> dict[str, Efficiency]:
-    """Measure every model, by role; `files` are where their weights lie."""
+    """Measure every model, by role; `files` are those of its weights."""
     filled = filling_prompt(models) if all(served(loaded.model) for loaded in models.values()) else None
     median, rise = take_turns(models, timed_tasks(models, config, filled), config.repeats)
     context = config.decode_context + config.new_tokens // 2
@@ -104,7 +112,7 @@ def measure_efficiency(
         seconds, kv_bytes = median[role], kv_bytes_per_token(loaded.model)
         results[role] = Efficiency(
             parameters=loaded.plan.total_params,
-            file_bytes=file_bytes(files[role]),
+            file_bytes=sum(path.stat().st_size for path in files[role]),
             flops_per_token=flops_per_token(loaded.plan, config.prompt_tokens),
             kv_bytes_per_token=kv_bytes,
             prefill_rate=config.prompt_tokens / seconds["prefill"],
@@ -230,11 +238,6 @@ def weight_bytes(model: LlamaForCausalLM, *, read: bool = False) -> int:
     embedding = model.get_input_embeddings().weight
     looked_up = read and embedding is not model.get_output_embeddings().weight
     return held - looked_up * embedding.numel() * embedding.element_size()
-
-
-def file_bytes(path: Path) -> int:
-    """Bytes of a model's weights on disk: the file, or the safetensors of a directory."""
-    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def efficiency_table(results: Mapping[str, Efficiency], device: str, dtype: str, config: EfficiencyConfig) -> str:

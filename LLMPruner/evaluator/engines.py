@@ -29,7 +29,7 @@ class EngineConfig:
 
     engine: str | None = setting(None, "time the models, which must be exports for it, in this engine too")
     engine_python: str | None = setting(None, "Python of the environment that the engine is installed in; default: this one")
-    engine_threads: int | None = setting(None, "threads of llama.cpp; default: as many as there are cores")
+    engine_threads: int | None = setting(None, "threads of llama.cpp; default: all cores that this process may use")
     engine_exports: tuple[str, ...] = setting((), "NAME=PATH: what the engine reads of a model that is no export for it")
 
     def __post_init__(self) -> None:
@@ -135,11 +135,16 @@ def time_engine(
     models = {name: str(path.resolve()) for name, path in paths.items()}
     code = [str(path.resolve()) for path in paths.values() if config.engine == "vllm" and trusted(path)]
     job = {"engine": config.engine, "models": models, "trusted": code, "gpu": gpu, **lengths}
-    found = _run(job | {"threads": config.engine_threads or os.cpu_count() or 1}, config)
+    found = _run(job | {"threads": config.engine_threads or _cores()}, config)
     if "error" in found:
         raise RunError(f"{config.engine}: {found['error']}")
     speeds = {name: EngineSpeed(**found["rates"][name]) for name in paths}
     return EngineTimes(config.engine, found["version"], *lengths.values(), speeds)
+
+
+def _cores() -> int:
+    """Cores that this process may use: in a container, or under taskset, fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(job: Mapping[str, Any], config: EngineConfig) -> dict[str, Any]:

@@ -81,9 +81,9 @@ def overview(records: Iterable[Record], names: Sequence[str], baseline: str, lan
         measured.setdefault(place, {})[record["model"]] = record
     sizes = {record["model"]: record["parameters"] for rows in measured.values() for record in rows.values()}
     columns = [Column("size", WORDS[lang]["parameters"], "parameters", "{:,.0f}", sizes)]
-    for (kind, name, _), rows in measured.items():
-        if kind == "ppl":
-            columns += _ppl_columns(name, rows, baseline, lang)
+    corpora = [name for kind, name, _ in measured if kind == "ppl"]
+    for name, title in zip(corpora, short_paths(corpora), strict=True):
+        columns += _ppl_columns(name, title, measured["ppl", name, "ppl"], baseline, lang)
     columns += _task_columns({place[1:]: rows for place, rows in measured.items() if place[0] == "task"}, baseline, lang)
     for (kind, _, metric), rows in measured.items():
         if kind == "efficiency" and metric != "parameters":
@@ -93,9 +93,19 @@ def overview(records: Iterable[Record], names: Sequence[str], baseline: str, lan
     return Overview(list(names), baseline, columns)
 
 
-def _ppl_columns(name: str, rows: Mapping[str, Record], baseline: str, lang: str) -> list[Column]:
+def short_paths(names: Sequence[str]) -> list[str]:
+    """Each path by its last parts, as few as no other one ends with."""
+    paths, ends = [Path(name).parts for name in names], []
+    for parts in paths:
+        others = [other for other in paths if other != parts]
+        sizes = (size for size in range(1, len(parts)) if all(other[-size:] != parts[-size:] for other in others))
+        ends.append(str(Path(*parts[-next(sizes, len(parts)) :])))
+    return ends
+
+
+def _ppl_columns(name: str, title: str, rows: Mapping[str, Record], baseline: str, lang: str) -> list[Column]:
     """PPL, and its change in percent."""
-    title, values = Path(name).name, {model: record["value"] for model, record in rows.items()}
+    values = {model: record["value"] for model, record in rows.items()}
     columns = [Column("ppl", title, f"ppl {name}", "{:.2f}", values)]
     if len(values) > 1 and baseline in values:
         change = {model: 100 * (value / values[baseline] - 1) + 0.0 for model, value in values.items() if model != baseline}
@@ -109,7 +119,7 @@ def _task_columns(tasks: Mapping[tuple[str, str], Mapping[str, Record]], baselin
     for name in dict.fromkeys(task for task, _ in tasks):
         metric = shown_metric([of for task, of in tasks if task == name])
         rows = tasks[name, metric]
-        scale, form = (100, "{:.1f}") if metric in SHARES else (1, "{:.4g}")
+        scale, form = (100, "{:.1f}") if metric.partition(",")[0] in SHARES else (1, "{:.4g}")
         values = {model: scale * record["value"] for model, record in rows.items()}
         errors = {model: scale * record["stderr"] for model, record in rows.items() if record["stderr"] is not None}
         first = next(iter(rows.values()))
@@ -200,6 +210,7 @@ def as_latex(table: Overview, lang: str = "en") -> str:
     blocks = []
     for title, rows in _tables(table, lang):
         lines = [" & ".join("".join(LATEX.get(c, c) for c in cell) for cell in row) + r" \\" for row in rows]
+        lines = ["{}" * line.startswith(("[", "*")) + line for line in lines]  # or the line before takes it for its argument
         begin = rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"
         blocks.append("\n".join([f"% {title}", begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]))
         blocks[-1] += "\n" + r"\end{tabular}"

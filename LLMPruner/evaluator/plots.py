@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -106,13 +106,13 @@ WORDS = {
 CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei", "Microsoft YaHei")
 
 
-def check_plot(path: str) -> None:
-    """Raise UsageError unless a picture can be written at `path`."""
+def check_plot(path: str, taken: Mapping[str, Iterable[Path]] | None = None) -> None:
+    """Raise UsageError unless a picture can be written at `path`; `taken` as in `check_output_file`."""
     if Path(path).suffix.lower() not in PLOT_SUFFIXES:
         raise UsageError(f"--plot {path} must end in {', '.join(PLOT_SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install matplotlib")
-    check_output_file(path, "--plot")
+    check_output_file(path, "--plot", taken)
 
 
 def plot_overview(path: Path, table: Overview, lang: str = "en") -> None:
@@ -140,12 +140,17 @@ def _readable(table: Overview, lang: str) -> tuple[Overview, str, list[str]]:
         lang, fonts = "en", ["DejaVu Sans"]
     said, columns = {}, []
     for place, name in enumerate(table.names, start=1):
-        said[name] = name if _take(fonts, name) else WORDS[lang]["model"].format(place=place)
+        said[name] = _plain(name) if _take(fonts, name) else WORDS[lang]["model"].format(place=place)
     for column in table.columns:
-        title = "".join(char if _take(fonts, char) else "?" for char in column.title)
+        title = _plain("".join(char if _take(fonts, char) else "?" for char in column.title))
         values, errors = ({said[name]: number for name, number in part.items()} for part in (column.values, column.errors))
         columns.append(replace(column, title=title, values=values, errors=errors))
     return Overview(list(said.values()), said[table.baseline], columns), lang, fonts
+
+
+def _plain(text: str) -> str:
+    """A text in which no dollar begins a formula."""
+    return text.replace("$", r"\$")
 
 
 def _take(fonts: list[str], text: str) -> bool:

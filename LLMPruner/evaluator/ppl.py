@@ -2,8 +2,9 @@
 
 Windows lie side by side, and of each all tokens but the first are predicted. Or they overlap (transformers' "Perplexity of
 fixed-length models"): each is moved by `stride` tokens, and its last `stride` tokens count, which have `seq_len - stride` or
-more before them; of the first window all do. So every token of the text but the first counts once. The guide's own loop
-divides by a token less a window; here sums are divided by what was summed.
+more before them; of the first window all do. The last window has what is left of the text (data/windows.py). So every token
+but the first counts once; where some of the windows are drawn, those of these. The guide's own loop divides by a token less a
+window; here sums are divided by what was summed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from LLMPruner import parallel
 from LLMPruner.cost import Cost, Setup
 from LLMPruner.data.corpora import describe
+from LLMPruner.data.windows import IGNORED
 from LLMPruner.model.forward import LayerRunner
 
 if TYPE_CHECKING:
@@ -58,18 +60,18 @@ def perplexity_of(runner: LayerRunner, windows: torch.Tensor, stride: int | None
     """`perplexity` of a runner's model, whose weights may lie on disk; with `stride`, of overlapping windows."""
     last, losses = _last(windows.shape[1], stride), []
     for part in tqdm(runner.passes(*windows.shape), desc="PPL", disable=parallel.quiet(), leave=False):
-        hidden = runner.layers(runner.embed(windows[part]))
+        hidden = runner.layers(runner.embed(windows[part].clamp(min=0)))  # after the text any token will do: none sees it
         losses.append(runner.head.losses(hidden[:, -last - 1 :], windows[part, -last - 1 :]))
         if part.start == 0 and last < windows.shape[1] - 1:  # the first of all, whose other tokens count as well
             losses.append(runner.head.losses(hidden[:1, :-last], windows[:1, :-last]))
-    mean = parallel.gathered(torch.cat(losses)).sum().item() / scored_tokens(*windows.shape, stride)
+    mean = parallel.gathered(torch.cat(losses)).sum().item() / scored_tokens(windows, stride)
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
 
 
-def scored_tokens(windows: int, seq_len: int, stride: int | None = None) -> int:
-    """Tokens that count in so many windows."""
-    last = _last(seq_len, stride)
-    return windows * last + (seq_len - 1 - last)
+def scored_tokens(windows: torch.Tensor, stride: int | None = None) -> int:
+    """Tokens that count in windows `(n, seq_len)`."""
+    last = _last(windows.shape[1], stride)
+    return int(windows[:, -last:].ne(IGNORED).sum()) + windows.shape[1] - 1 - last
 
 
 def _last(seq_len: int, stride: int | None) -> int:
@@ -87,7 +89,7 @@ def measure(
         ppl = perplexity_of(runner, rows, stride)
         where = f"{describe(name)} {split}" if stride is None else f"{describe(name)} {split}, stride {stride}"
         logger.info("PPL %s on %s: %.4f (%d windows of %d tokens)", label, where, ppl, count, seq_len)
-        results.append(Perplexity(name, split, seq_len, count, scored_tokens(count, seq_len, stride), ppl, stride))
+        results.append(Perplexity(name, split, seq_len, count, scored_tokens(rows, stride), ppl, stride))
     return results
 
 

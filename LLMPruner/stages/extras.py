@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from LLMPruner import parallel
 from LLMPruner.config import CommonConfig, EfficiencyConfig, require_at_least, setting
 from LLMPruner.errors import UsageError
+from LLMPruner.evaluator.compare import baseline_first
 from LLMPruner.evaluator.engines import EngineConfig, EngineTimes, check_engine, engine_table, time_engine
 from LLMPruner.evaluator.results import Figure, Measurement, Record
 from LLMPruner.model.source import check_seq_len
@@ -117,7 +118,7 @@ def time_exports(sources: Sources, extras: Extras, common: CommonConfig, baselin
     if gpu:  # the engine is another process: what torch keeps for itself is missing there
         gc.collect()
         torch.cuda.empty_cache()
-    paths = dict(sorted(exports(sources, extras.engine).items(), key=lambda pair: pair[0] != baseline))
+    paths = baseline_first(exports(sources, extras.engine), baseline)
     logger.info("timing %s in %s", ", ".join(paths), extras.engine.engine)
     return time_engine(paths, extras.engine, extras.lengths, gpu=gpu)
 

@@ -11,7 +11,8 @@ from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator.compare import flag_of, measure_costs, shared_windows
 from LLMPruner.evaluator.results import Figure, Measurement, Subject
-from LLMPruner.evaluator.tasks import LoadedTask, TaskConfig, load_tasks, measure_task, version
+from LLMPruner.evaluator.task_index import version
+from LLMPruner.evaluator.tasks import LoadedTask, TaskConfig, load_tasks, measure_task
 from LLMPruner.model.source import ModelSource
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def check_resident(flag: str, name: str, source: ModelSource, common: CommonConf
 
 
 def efficiency_measurement(subjects: Mapping[str, Subject], config: EfficiencyConfig, hardware: str) -> Measurement:
-    """Size and speed of models side by side: on other hardware, or beside others, it is another measurement."""
+    """Size and speed of models side by side: on another machine, or beside others, it is another measurement."""
     beside = {name: subject.fingerprint for name, subject in subjects.items()}
     return Measurement("efficiency", "efficiency", asdict(config) | {"beside": beside, "hardware": hardware})
 
@@ -89,6 +90,16 @@ def measure_efficiency(
         figures = [Figure(metric, value) for metric, value in _flat(costs)]
         found[name] = [replace(figures[0], facts={"details": costs}), *figures[1:]]
     return found
+
+
+def efficiency_text(costs: Mapping[str, Mapping[str, Any]], config: EfficiencyConfig, common: CommonConfig) -> str:
+    """The table of what was measured, now or before, with ratios to the first model and what bounds the rates."""
+    from LLMPruner.evaluator.efficiency import Efficiency, efficiency_table
+    from LLMPruner.model.device import dtype_name, resolve_device, resolve_dtype
+
+    device = resolve_device(common.device)
+    found = {name: Efficiency.of(values) for name, values in costs.items()}
+    return efficiency_table(found, str(device), dtype_name(resolve_dtype(common.dtype, device)), config)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -12,8 +12,8 @@ import torch
 from transformers import Trainer
 
 from LLMPruner import parallel
+from LLMPruner.data.windows import IGNORED
 from LLMPruner.trainer.checkpoints import read_weights, write_weights
-from LLMPruner.trainer.loss import IGNORED
 from LLMPruner.trainer.teacher import DrawnAnswers
 
 if TYPE_CHECKING:

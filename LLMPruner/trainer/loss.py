@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from LLMPruner.data.windows import IGNORED
 from LLMPruner.model.head import chunk_tokens
 from LLMPruner.training_config import DistillConfig
-
-IGNORED = -100  # the label of a token that is not to be learned, as torch has it
 
 Loss = Callable[..., torch.Tensor]
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from LLMPruner.config import CommonConfig, EvalConfig, PruneConfig
 from LLMPruner.data.training import training_text
 from LLMPruner.data.windows import (
+    IGNORED,
     PruneWindows,
     bos_token,
     evaluation_windows,
@@ -348,9 +349,12 @@ def test_a_text_format_that_does_not_exist_is_refused():
 def test_strided_windows_overlap_and_cover_the_text_in_order(tokenizer, data_dir):
     ids = token_ids(tokenizer, "ptb", "test", str(data_dir))
     windows = load_windows(tokenizer, "ptb", "test", seq_len=32, stride=8, data_dir=str(data_dir))
-    assert len(windows) == (len(ids) - 32) // 8 + 1 and windows[0].equal(ids[:32])
-    assert all(row.equal(ids[8 * place : 8 * place + 32]) for place, row in enumerate(windows))
+    full = (len(ids) - 32) // 8 + 1
+    assert (len(ids) - 32) % 8 and len(windows) == full + 1, "the last one has what is left, or this test proves nothing"
+    padded = torch.cat([ids, torch.full((32,), IGNORED)])
+    assert all(row.equal(padded[8 * place : 8 * place + 32]) for place, row in enumerate(windows))
+    assert windows[-1, -8] == ids[8 * full + 24] and windows[-1, -1] == IGNORED
     side_by_side = load_windows(tokenizer, "ptb", "test", seq_len=32, data_dir=str(data_dir))
-    assert windows[::4].equal(side_by_side) and fingerprint(windows) != fingerprint(side_by_side)
+    assert windows[:full:4].equal(side_by_side) and fingerprint(windows) != fingerprint(side_by_side)
     some = load_windows(tokenizer, "ptb", "test", seq_len=32, stride=8, samples=5, data_dir=str(data_dir))
-    assert some[0].equal(windows[0]) and some[-1].equal(windows[-1]) and len(some) == 5
+    assert some[0].equal(windows[0]) and some[-1].equal(windows[-2]) and len(some) == 5

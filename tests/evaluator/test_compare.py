@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
 from LLMPruner.errors import UsageError
-from LLMPruner.evaluator.compare import measure_costs, shared_windows
+from LLMPruner.evaluator.compare import baseline_first, measure_costs, shared_windows
 from LLMPruner.model.load import load_tokenizer, save_model
 from LLMPruner.model.source import find_model
 
@@ -69,14 +69,18 @@ def test_a_model_that_does_not_embed_the_tokens_is_refused_by_its_flag(sources, 
         shared_windows(both, dict.fromkeys(both, tokenizer), EvalConfig(), common.data_dir)
 
 
-def test_size_and_speed_are_of_every_model_side_by_side(sources, common, capsys):
+def test_size_and_speed_are_of_every_model_side_by_side(sources, common, trained_dir):
+    stray = trained_dir / "adapter_model.safetensors"  # beside the weights and none of them
+    stray.write_bytes(b"not read")
     costs = measure_costs(sources, tokenizers_of(sources), common, EfficiencyConfig(prompt_tokens=8, new_tokens=2, repeats=1))
     assert list(costs) == list(sources) and json.dumps(costs)
     for role, source in sources.items():
         assert costs[role]["parameters"] == source.plan.total_params and costs[role]["prefill_rate"] > 0
     assert costs["pruned"]["kv_bytes_per_token"] < costs["original"]["kv_bytes_per_token"]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Efficiency on cpu, float32") and lines[1].split() == list(sources)
+    stray.unlink()
+    assert costs["original"]["file_bytes"] == (trained_dir / "model.safetensors").stat().st_size
+    assert costs["pruned"]["file_bytes"] == sources["pruned"].path.stat().st_size
+    assert list(baseline_first(sources, "finetuned")) == ["finetuned", "original", "pruned"]
 
 
 def test_a_model_of_another_name_is_called_by_its_own_flag(sources, common, tokenizer):

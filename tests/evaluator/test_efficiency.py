@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -72,13 +73,15 @@ def test_every_model_is_measured_and_repeats_interleave(monkeypatch, tmp_path):
         return next(clock)
 
     monkeypatch.setattr(efficiency, "time_prefill", prefill)
-    (tmp_path / "m.bin").write_bytes(b"123")
-    results = measure_efficiency(models, dict.fromkeys(models, tmp_path / "m.bin"), SMALL)
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"123")
+    results = measure_efficiency(models, {"original": [tmp_path / "a", tmp_path / "b"], "pruned": [tmp_path / "a"]}, SMALL)
     assert order == ["original", "pruned"] * 4
     assert results["original"].first_token_seconds == 2.0 and results["original"].prefill_rate == 8.0
     assert results["pruned"].first_token_seconds == 3.0  # of 4, 2 and 3: the first round warms up
     assert results["pruned"].parameters == models["pruned"].plan.total_params
-    assert results["pruned"].file_bytes == 3
+    assert (results["original"].file_bytes, results["pruned"].file_bytes) == (6, 3)
+    assert all(efficiency.Efficiency.of(json.loads(json.dumps(result.as_dict()))) == result for result in results.values())
     assert all(rate > 0 for rate in results["pruned"].decode_rates.values())
     assert results["pruned"].peak_bytes >= 4 * models["pruned"].plan.total_params
 
@@ -119,7 +122,8 @@ def test_what_is_served_stands_beside_what_python_launches(monkeypatch, tmp_path
     monkeypatch.setattr(efficiency, "filling_prompt", lambda _: (3, 20))
     monkeypatch.setattr(efficiency, "time_prefill", lambda _, prompt: 2.0 if prompt.shape == (3, 20) else 4.0)
     (tmp_path / "m.bin").write_bytes(b"123")
-    results = measure_efficiency(models, dict.fromkeys(models, tmp_path / "m.bin"), SMALL)
+    results = measure_efficiency(models, dict.fromkeys(models, [tmp_path / "m.bin"]), SMALL)
+    assert all(efficiency.Efficiency.of(json.loads(json.dumps(result.as_dict()))) == result for result in results.values())
     assert all(len(result.served_decode_rates) == 2 for result in results.values())
     assert {(result.served_prefill_rate, result.prefill_rate) for result in results.values()} == {(3 * 20 / 2, 16 / 4)}
     plan = models["pruned"].plan

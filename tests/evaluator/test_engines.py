@@ -118,6 +118,17 @@ def test_without_the_engine_nothing_is_run(models, tmp_path, monkeypatch):
         check_engine(models, EngineConfig("llama.cpp", str(tmp_path / "text")))
 
 
+def test_as_many_threads_as_this_process_may_use(models, monkeypatch):
+    asked = []
+    monkeypatch.setattr(engines, "check_engine", lambda *_: None)
+    monkeypatch.setattr(engines, "_run", lambda job, _: asked.append(job["threads"]) or {"error": "enough"})
+    monkeypatch.setattr(engines.os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
+    for threads in (None, 2):
+        with pytest.raises(RunError):
+            time_engine(models, EngineConfig("llama.cpp", engine_threads=threads), TIMES)
+    assert asked == [3, 2]
+
+
 def test_a_python_may_be_named_from_here(engine, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert time_engine(models, EngineConfig("llama.cpp", "./python"), TIMES).version == "7.5"

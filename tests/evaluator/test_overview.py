@@ -60,11 +60,32 @@ def test_nothing_is_a_share_of_a_dense_model_that_guesses_or_of_an_unknown_chanc
     assert [(c.title, c.values["dense"]) for c in table.section("points")][2] == ("z (word_perplexity)", 20.0)
 
 
+def test_a_share_behind_a_filter_is_one_too():
+    rows = [record(model, "task", "gsm8k", "exact_match,strict-match", 0.5 - place / 4) for place, model in enumerate(SIZES)]
+    rows += [record(model, "task", "boolq", "acc", 0.7) for model in SIZES]
+    values = {column.key: column.values["b&w_1|2"] for column in overview(rows, list(SIZES), "dense").columns}
+    assert values["gsm8k exact_match,strict-match"] == 25 and values["mean"] == pytest.approx((25 + 70) / 2)
+    assert values["gsm8k exact_match,strict-match % of baseline"] == 50
+
+
 def test_a_model_that_has_not_everything_is_not_in_the_means():
     rows = [r for r in records() if not (r["model"] == "dense" and r["name"] == "arc_easy")]
     table = overview(rows, list(SIZES), "dense")
     (mean,) = [column for column in table.columns if column.key == "mean"]
     assert list(mean.values) == ["b&w_1|2"] and not any("mean %" in column.key for column in table.columns)
+
+
+def test_texts_of_one_file_name_are_told_apart_by_as_much_of_the_path_as_it_takes():
+    names = ["/a/x/text.txt", "/b/x/text.txt", "x/text.txt", "/c/other.txt", "wikitext2", "./y/text.txt"]
+    rows = [record("dense", "ppl", name, "ppl", 10.0) for name in names]
+    titles = [column.title for column in overview(rows, list(SIZES), "dense").section("ppl")]
+    assert titles == ["a/x/text.txt", "b/x/text.txt", "x/text.txt", "other.txt", "wikitext2", "y/text.txt"]
+
+
+def test_a_model_whose_name_begins_like_an_argument_of_latex_is_none():
+    rows = [record("dense", "ppl", "ptb", "ppl", 10.0) | {"model": name} for name in ("[1em]", "*", "a[*]")]
+    latex = FORMATS["latex"](overview(rows, ["[1em]", "*", "a[*]"], "[1em]"), "en")
+    assert [line.split(" & ")[0] for line in latex.splitlines() if " & " in line] == ["Model", "{}[1em]", "{}*", "a[*]"]
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

@@ -102,6 +102,15 @@ def test_far_apart_ppls_are_drawn_on_a_logarithmic_axis_and_broken_ones_not_at_a
     assert ppl.get_yscale() == "log" and [line.get_ydata()[0] for line in ppl.lines] == [10, 1000]
 
 
+def test_a_name_with_dollars_is_no_formula(tmp_path, drawn):
+    table = compared(("$x^2$", "a$", "$\\frac$"))
+    columns = [replace(column, title="$y$.txt") if column.section == "ppl" else column for column in table.columns]
+    plot_overview(tmp_path / "p.svg", replace(table, columns=columns))
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [r"\$x^2\$", r"a\$", "\\$\\frac\\$"]
+    said = texts(drawn[0])
+    assert r"PPL, \$y\$.txt" in said and r"speed, times \$x^2\$" in said
+
+
 @pytest.mark.filterwarnings("error:Glyph")
 def test_labels_that_no_font_has_are_english_and_a_name_is_its_number(tmp_path, drawn, caplog, monkeypatch):
     own = [font for font in font_manager.fontManager.ttflist if font.name.startswith(("DejaVu", "Last Resort"))]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
 
+from LLMPruner import parallel
+from LLMPruner.data.windows import cut
 from LLMPruner.evaluator.ppl import Perplexity, measure, perplexity, perplexity_of, scored_tokens
 from LLMPruner.methods.apply import apply_plan
 from LLMPruner.model.forward import LayerRunner
@@ -73,29 +75,44 @@ def test_the_record_says_what_was_measured_and_the_log_has_a_line_for_each_corpu
 
 
 @torch.no_grad()
-def strided_reference(model, ids: torch.Tensor, seq_len: int, stride: int) -> float:
-    """Plain logits of one window after the other: every token once, from the window in which it has most before it."""
-    total, counted, end = 0.0, 0, 1
-    for start in range(0, len(ids) - seq_len + 1, stride):
-        window = ids[start : start + seq_len]
-        log_probs = model(input_ids=window[None]).logits[0].double().log_softmax(-1)
-        for place in range(end - start, seq_len):
-            if place:  # nothing predicts the first token of a window
-                total, counted = total - log_probs[place - 1, window[place]].item(), counted + 1
-        end = start + seq_len
-    return math.exp(total / counted)
+def guides_loop(model, ids: torch.Tensor, max_length: int, stride: int) -> tuple[float, int]:
+    """PPL and tokens of transformers' "Perplexity of fixed-length models", each loss weighed by the tokens that it is of."""
+    nll_sum, n_tokens, prev_end_loc = 0.0, 0, 0
+    for begin_loc in range(0, len(ids), stride):
+        end_loc = min(begin_loc + max_length, len(ids))
+        trg_len = end_loc - prev_end_loc
+        input_ids = ids[None, begin_loc:end_loc]
+        target_ids = input_ids.clone()
+        target_ids[:, :-trg_len] = -100
+        counted = int((target_ids[:, 1:] != -100).sum())
+        if counted:
+            nll_sum += model(input_ids=input_ids, labels=target_ids).loss.item() * counted
+        n_tokens, prev_end_loc = n_tokens + counted, end_loc
+        if end_loc == len(ids):
+            break
+    return math.exp(nll_sum / n_tokens), n_tokens
 
 
-@pytest.mark.parametrize("stride", [1, 4, 10, 11])
-@pytest.mark.parametrize("tokens", [1, 40, 1 << 14])
-def test_strided_perplexity_is_that_of_a_plain_loop_in_which_every_token_counts_once(stride, tokens):
-    model, ids = tiny_model(), random_windows(1, 53)[0]
+@pytest.mark.parametrize("stride", [1, 4, 7, 10, 11])
+@pytest.mark.parametrize(("length", "tokens"), [(53, 1), (53, 40), (53, 1 << 14), (56, 40)])
+def test_strided_perplexity_is_that_of_the_usual_loop_to_the_last_token(stride, length, tokens):
+    model, ids = tiny_model(), random_windows(1, length)[0]
     model.lm_head.weight.data *= 10
-    windows = ids.unfold(0, 11, stride)
-    ppl = perplexity_of(LayerRunner.of(model, batch_tokens=tokens), windows, stride)
-    assert ppl == pytest.approx(strided_reference(model, ids, 11, stride), rel=1e-4)
-    covered = 11 + (len(windows) - 1) * stride
-    assert scored_tokens(*windows.shape, stride) == covered - (1 if stride < 11 else len(windows))
+    windows = cut(ids, 11, "own", "test", stride, whole=True)
+    ppl, counted = guides_loop(model, ids, 11, stride)
+    assert perplexity_of(LayerRunner.of(model, batch_tokens=tokens), windows, stride) == pytest.approx(ppl, rel=1e-4)
+    assert scored_tokens(windows, stride) == counted and (stride == 11 or counted == length - 1)
+
+
+def test_the_end_of_the_text_counts_once_for_any_number_of_processes(monkeypatch):
+    model, windows, parts = tiny_model(), cut(random_windows(1, 53)[0], 11, "own", "test", 4, whole=True), []
+    alone = perplexity_of(LayerRunner.of(model), windows, 4)
+    monkeypatch.setattr(parallel, "gathered", lambda losses: parts.append(losses) or losses)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        perplexity_of(LayerRunner.of(model), windows, 4)
+    assert math.exp(torch.cat(parts).sum().item() / scored_tokens(windows, 4)) == pytest.approx(alone, rel=1e-9)
 
 
 def test_a_stride_of_a_whole_window_is_none():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import each_architecture, geometry_of, random_plan, random_windows, tiny_model
 
+from LLMPruner.data.windows import IGNORED, cut
 from LLMPruner.evaluator.massive import lengths_and_last
 from LLMPruner.evaluator.ppl import perplexity_of
 from LLMPruner.families.slicing import is_removed
@@ -60,6 +61,9 @@ def test_the_weights_and_what_they_compute_are_the_same(both, changes, dtype):
     assert torch.equal(*hidden)
     assert torch.equal(*(loaded.runner.head.losses(hidden[0], WINDOWS) for loaded in (resident, streamed)))
     assert perplexity_of(resident.runner, WINDOWS) == perplexity_of(streamed.runner, WINDOWS)
+    strided = cut(WINDOWS.flatten(), 9, "own", "test", 4, whole=True)
+    assert strided[-1, -1] == IGNORED, "the text ends within a window"
+    assert perplexity_of(resident.runner, strided, 4) == perplexity_of(streamed.runner, strided, 4)
     lengths = [lengths_and_last(loaded.runner, WINDOWS)[0] for loaded in (resident, streamed)]
     assert all(one.equal(other) for one, other in zip(*lengths, strict=True))
 

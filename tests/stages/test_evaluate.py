@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,15 @@ from LLMPruner.config import CommonConfig, EfficiencyConfig, EvalConfig
 from LLMPruner.errors import UsageError
 from LLMPruner.evaluator import ppl
 from LLMPruner.evaluator.compare import shared_windows
+from LLMPruner.evaluator.efficiency import Efficiency
 from LLMPruner.evaluator.ppl import measure
 from LLMPruner.evaluator.tasks import TaskConfig
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import load_model, load_tokenizer, save_model
-from LLMPruner.stages.evaluate import EvaluationJob, check, evaluate, find_models, report
+from LLMPruner.model.source import find_model
+from LLMPruner.stages.evaluate import evaluate, overview_of, report
+from LLMPruner.stages.evaluation_job import EvaluationJob, check, find_models
+from LLMPruner.stages.subjects import subject_of
 
 TWO = EvalConfig(("wikitext2", "ptb"), 32, 5)
 
@@ -141,11 +146,15 @@ def test_a_figure_is_taken_only_where_all_that_it_depends_on_is_the_same(job, tm
     job = replace(job, sources=small, ppl=replace(TWO, datasets=("ptb",)), results=tmp_path / "r.json", resume=True)
     first = evaluate(job).records
     assert len(measured) == 1
-    evaluate(CHANGES[change](job))
-    assert len(measured) == (1 if change == "nothing" else 2)
+    second = evaluate(CHANGES[change](job))
+    assert len(measured) == len(json.loads((tmp_path / "r.json").read_text())["records"]) == (1 if change == "nothing" else 2)
+    assert len(second.records) == 1 and (second.records[0]["key"] == first[0]["key"]) == (change == "nothing")
     saved = json.loads((tmp_path / "r.json").read_text())
-    # the other figures stay, but for that of the same settings in another precision
-    assert (first[0]["key"] in {r["key"] for r in saved["records"]}) == (change != "another precision")
+    assert saved["models"]["original"]["ppl"]["ptb"]["ppl"] == second.records[0]["value"], "what is told is today's"
+    (row,) = json.loads(report(second, "json", "en"))
+    assert row["ppl ptb"] == second.records[0]["value"] and len(overview_of(second, "en").section("ppl")) == 1
+    assert evaluate(job).records[0]["value"] == first[0]["value"]
+    assert len(measured) == (1 if change == "nothing" else 2), "what was measured first is there still"
 
 
 def test_a_model_that_was_written_anew_is_measured_anew(job, trained_dir, tmp_path, measured, tokenizer):
@@ -168,7 +177,48 @@ def test_a_model_that_was_written_anew_is_measured_anew(job, trained_dir, tmp_pa
         records = evaluate(replace(job, sources=find_models({}, [f"it={folder}"]))).records
         values.append(records[0]["value"])
     assert len(measured) == 4 and len(set(values[:3])) == 3 and values[3] == values[2]
-    assert len(json.loads((tmp_path / "r.json").read_text())["records"]) == 1  # of a name the newest
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert len(saved["records"]) == 4 and saved["models"]["it"]["ppl"]["ptb"]["ppl"] == values[-1]
+    assert evaluate(replace(job, sources=find_models({}, [f"it={folder}"]), resume=False)).records[0]["value"] == values[-1]
+    assert len(json.loads((tmp_path / "r.json").read_text())["records"]) == 1, "without --resume the file is a new one"
+
+
+def test_what_is_written_into_a_models_folder_is_no_part_of_it(trained_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(trained_dir, folder)
+
+    def fingerprint() -> str:
+        return subject_of("it", find_model(str(folder), "")).fingerprint
+
+    first = fingerprint()
+    for name in ("results.json", "notes.jinja", "tokenizer.model"):
+        (folder / name).write_text("[]")
+        assert fingerprint() == first
+    (folder / "additional_chat_templates").mkdir()
+    seen = {first}
+    for name in ("chat_template.jinja", "additional_chat_templates/short.jinja", "generation_config.json", "tokenizer.json"):
+        before = (folder / name).read_text() if (folder / name).exists() else ""
+        (folder / name).write_text(before + "\n")
+        seen.add(fingerprint())
+    assert len(seen) == 5
+
+
+def test_two_commands_on_one_file_lose_nothing_because_the_second_is_refused(job, tmp_path, monkeypatch):
+    job = replace(job, sources={"original": job.sources["original"]}, ppl=replace(TWO, datasets=("ptb",)))
+    job, other, refused = replace(job, results=tmp_path / "r.json"), replace(job, results=tmp_path / "s.json"), []
+
+    def during(runner, windows, label, *rest):
+        monkeypatch.setattr(ppl, "measure", measure)
+        evaluate(other)
+        with pytest.raises(UsageError, match=f"another run is at work in {job.results}: wait") as error:
+            evaluate(replace(job, resume=True))
+        refused.append(error)
+        return measure(runner, windows, label, *rest)
+
+    monkeypatch.setattr(ppl, "measure", during)
+    evaluate(job)
+    assert refused and len(json.loads(job.results.read_text())["records"]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "s.json"}
 
 
 def test_without_resume_a_file_is_replaced_and_with_it_other_models_stay(job, tmp_path):
@@ -203,26 +253,46 @@ def test_a_broken_model_is_null_in_the_file_and_not_measured_again(job, tmp_path
     assert json.loads(tables[2])[1]["ppl ptb"] is None
 
 
-def test_efficiency_is_measured_of_all_together_or_not_at_all(job, tmp_path, monkeypatch):
-    calls = []
-    costs = {"parameters": 1, "prefill_rate": 2.0, "decode_rates": {"1": 3.0}, "note": "x"}
+@pytest.fixture
+def timed(monkeypatch) -> list[list[str]]:
+    """The models whose speed is measured together, as they come; it takes 9 seconds."""
+    calls, clock = [], iter(range(0, 900, 9))
+    costs = Efficiency(1000, 4_000_000, 2_000_000, 64, 100.0, {1: 10.0, 8: 50.0}, 0.5, 9_000_000, 4000, 3000).as_dict()
 
     def measure_costs(sources, *_):
         calls.append(list(sources))
-        print("Efficiency on this machine")
-        return dict.fromkeys(sources, costs)
+        return {name: costs | {"prefill_rate": 100.0 * place} for place, name in enumerate(sources, start=1)}
 
     monkeypatch.setattr("LLMPruner.stages.measurements.measure_costs", measure_costs)
-    config = EfficiencyConfig(8, 2, 1)
-    job = replace(job, ppl=None, efficiency=config, results=tmp_path / "r.json", resume=True)
+    monkeypatch.setattr("LLMPruner.stages.evaluate.time.perf_counter", lambda: next(clock))
+    return calls
+
+
+def test_efficiency_is_measured_of_all_together_or_not_at_all(job, tmp_path, timed, capsys):
+    job = replace(job, ppl=None, efficiency=EfficiencyConfig(8, 2, 1), results=tmp_path / "r.json", resume=True)
+    job = replace(job, baseline="half")
     first, second = evaluate(job), evaluate(job)
-    assert calls == [["original", "pruned", "half", "again"]]
-    assert first.view["efficiency"] == second.view["efficiency"] == dict.fromkeys(job.sources, costs)
-    assert "decode rates.1" not in report(first, "text", "en")  # its own table was printed
-    assert "decode rates.1" in report(second, "text", "en")
-    assert {r["metric"] for r in first.records} == {"parameters", "prefill_rate", "decode_rates.1"}
-    evaluate(replace(job, sources=dict(list(job.sources.items())[:2])))  # beside others it is another measurement
-    assert len(calls) == 2
+    assert timed == [["half", "original", "pruned", "again"]], "the first one is what the others are compared to"
+    assert first.view["efficiency"] == second.view["efficiency"] and list(first.view["efficiency"]) == list(job.sources)
+    tables = capsys.readouterr().out.split("Efficiency on ")[1:]
+    assert tables[0] == tables[1] and tables[0].startswith("cpu, float32, ") and "ratios to half\n" in tables[0]
+    assert "bound of decode" in tables[0] and "(2.000x)" in tables[0] and "decode rates" not in report(second, "text", "en")
+    assert {"parameters", "prefill_rate", "decode_rates.1"} <= {r["metric"] for r in first.records}
+    assert {r["seconds"] for r in first.records} == {9 / 4}
+    evaluate(replace(job, sources={name: job.sources[name] for name in ("original", "half")}))
+    assert len(timed) == 2, "beside others it is another measurement"
+
+
+@pytest.mark.parametrize("name", ["cpu_name", "platform.node", "torch.get_num_threads"])
+def test_speeds_of_another_machine_are_measured_anew_and_nothing_else_is(job, tmp_path, timed, measured, monkeypatch, name):
+    job = replace(job, sources={"original": job.sources["original"]}, results=tmp_path / "r.json", resume=True)
+    job = replace(job, ppl=replace(TWO, datasets=("ptb",)), efficiency=EfficiencyConfig(8, 2, 1))
+    evaluate(job)
+    monkeypatch.setattr(f"LLMPruner.stages.subjects.{name}" if name != "torch.get_num_threads" else name, lambda: "elsewhere")
+    evaluate(job)
+    assert (len(measured), len(timed)) == (1, 2)
+    told = json.dumps(json.loads((tmp_path / "r.json").read_text())["provenance"])
+    assert ("elsewhere" in told) == (name != "platform.node")
 
 
 @pytest.mark.parametrize(

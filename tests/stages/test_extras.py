@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def test_what_was_said_before_is_not_asked_again(command, trained_dir, pruned, c
     assert saved()["generations"]["models"] == answers
 
 
-def test_an_engine_times_the_exports_after_all_else(command, trained_dir, pruned, tmp_path, capsys, engine):  # noqa: F811
+def test_an_engine_times_the_exports_after_all_else(command, trained_dir, pruned, tmp_path, capsys, engine, monkeypatch):  # noqa: F811
     files = [tmp_path / "wide.gguf", tmp_path / "half.gguf"]
     for path, model in zip(files, (trained_dir, pruned), strict=True):
         write_gguf(path, load_model(find_model(str(model), ""), dtype="float32", device="cpu"), "f32")
@@ -108,7 +109,10 @@ def test_an_engine_times_the_exports_after_all_else(command, trained_dir, pruned
     flags += ["--engine_exports", f"half={files[1]}"]  # pruned GGUFs are llama.cpp's alone
     flags += ["--efficiency_prompt_tokens=8", "--efficiency_new_tokens=4", "--efficiency_repeats=2"]
     flags += ["--engine=llama.cpp", f"--engine_python={engine.python}", "--engine_threads=1"]
-    assert command(*flags, "--no_ppl", "--table_lang=en") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("LLMPruner.stages.evaluate.time.perf_counter", itertools.count(0, 9).__next__)
+        assert command(*flags, "--no_ppl", "--table_lang=en") == 0
+    assert {record["seconds"] for record in saved()["records"]} == {9 / 2}, "each model's are its share"
     out, sizes = capsys.readouterr().out, [file.stat().st_size for file in files]
     assert "\nSpeed in llama.cpp (llama-cpp-python 7.5): medians of 2 interleaved repeats, ratios to half\n" in out
     assert "before" not in out

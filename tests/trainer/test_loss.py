@@ -7,8 +7,9 @@ import torch
 from conftest import random_windows, tiny_model
 from torch.nn import functional
 
+from LLMPruner.data.windows import IGNORED
 from LLMPruner.model import head
-from LLMPruner.trainer.loss import IGNORED, Student
+from LLMPruner.trainer.loss import Student
 from LLMPruner.training_config import DistillConfig
 
 DISTILL = DistillConfig(distill=True, distill_alpha=0.7, distill_temperature=2.0)
