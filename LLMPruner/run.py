@@ -19,7 +19,7 @@ from typing import Any
 from LLMPruner import parallel
 from LLMPruner.errors import UsageError
 from LLMPruner.files import locked, restore_folder, write_json, write_text
-from LLMPruner.memory import peak_memory, reset_peak_memory
+from LLMPruner.memory import peak_memory, reset_peak_memory, return_freed_memory
 
 LOG_ROOT = Path("prune_log")
 logger = logging.getLogger("LLMPruner")
@@ -132,6 +132,7 @@ class Run:
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a stage and record its seconds and peak memory; the body may add figures to the yielded dict."""
         record: dict[str, Any] = {"stage": name}
+        return_freed_memory()  # what an earlier stage freed is not this one's
         reset_peak_memory(self.device)
         start, computed = time.perf_counter(), time.process_time()
         logger.info("stage %s: start", name)
