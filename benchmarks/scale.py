@@ -150,11 +150,12 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def plot(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
-    """Seconds and peak over each axis, both on logarithmic scales."""
+    """Seconds over each axis, on logarithmic scales, and peaks, from zero on."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     figure, axes = pyplot.subplots(2, len(results), figsize=(4 * len(results), 6), squeeze=False, layout="constrained")
     for column, (axis, rows) in enumerate(results.items()):
@@ -164,7 +165,13 @@ def plot(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
                 own = [row for row in rows if row["stream"] == stream]
                 values = [row[what] / (1e9 if what == "peak_bytes" else 1) for row in own]
                 axes[place][column].plot([row[key] for row in own], values, marker="o", label=name)
-            axes[place][column].set(xscale="log", yscale="log", xlabel=f"{axis} ({key})", ylabel=label)
+            axes[place][column].set(xscale="log", xlabel=key if key == axis else f"{axis} ({key})", ylabel=label)
+            if what == "seconds":
+                axes[place][column].set_yscale("log")
+                axes[place][column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes[place][column].yaxis.set_major_formatter("{x:g}")
+            else:
+                axes[place][column].set_ylim(bottom=0)
             axes[place][column].set_xticks([row[key] for row in own], [str(row[key]) for row in own], minor=False)
             axes[place][column].minorticks_off()
             axes[place][column].grid(alpha=0.3, which="both")
