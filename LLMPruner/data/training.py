@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from LLMPruner.config import CommonConfig
 from LLMPruner.data.chat import encoded_chats
 from LLMPruner.data.corpora import CORPORA, holds_chats, is_local, reads_a_part
-from LLMPruner.data.mixture import SELF, mixture, windows_of
+from LLMPruner.data.mixture import SELF, mixture, windows_by_part
 from LLMPruner.data.windows import cut, drawn, fingerprint, shuffled, stream, warn
 from LLMPruner.errors import UsageError
 from LLMPruner.training_config import FinetuneConfig
@@ -93,7 +93,7 @@ def training_text(
     parts = mixture(config)
     if write is None and SELF in (part.name for part in parts):
         raise UsageError(f"{config.prefix}dataset {SELF} is text that the dense model writes, and there is none here")
-    counts = {part.name: count for part, count in zip(parts, windows_of(parts, config), strict=True)}
+    counts = windows_by_part(config)
     found = {}
     for name in sorted(counts, key=lambda name: name == SELF):
         if name == SELF:

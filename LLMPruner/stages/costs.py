@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from LLMPruner import parallel
 from LLMPruner.cost import Cost, Setup, Work
 from LLMPruner.data.corpora import CORPORA, load_text
-from LLMPruner.data.mixture import SELF, mixture, windows_of
+from LLMPruner.data.mixture import SELF, windows_by_part
 from LLMPruner.data.training import HELD_OUT_WINDOWS
 from LLMPruner.importance import criteria, layer_analyzer
 from LLMPruner.importance.budget import Budget
@@ -81,10 +81,7 @@ def stages(job: PruneJob, budget: Budget, setup: Setup) -> tuple[Cost, ...]:
 def loading(setup: Setup, job: PruneJob) -> Cost:
     """What loading costs, and the text for a fine-tuning that the dense model writes meanwhile."""
     cost, config = size.load_cost(setup), job.finetune
-    if config is None:
-        return cost
-    parts = mixture(config)
-    own = sum(count for part, count in zip(parts, windows_of(parts, config), strict=True) if part.name == SELF)
+    own = 0 if config is None else windows_by_part(config).get(SELF, 0)
     if not own:
         return cost
     text = writing(setup, own + HELD_OUT_WINDOWS, config.seq_len)

@@ -120,9 +120,8 @@ def evaluate(job: EvaluationJob) -> Evaluation:
 
     Raises UsageError for what only texts and tokenizers tell, and where another run writes into the file.
     """
-    with contextlib.ExitStack() as held:
-        if job.results is not None and parallel.main():
-            held.enter_context(locked(job.results))
+    writes = job.results is not None and parallel.main()
+    with locked(job.results) if writes else contextlib.nullcontext():
         return _evaluate(job)
 
 
