@@ -6,8 +6,11 @@ import contextlib
 import ctypes
 import sys
 from pathlib import Path
+from typing import Any
 
 from LLMPruner import parallel
+
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 def reset_peak_memory(device: str = "auto") -> None:
@@ -47,10 +50,26 @@ def available_memory(device: str) -> int:
 
 
 def return_freed_memory() -> None:
-    """Give the system back what was freed: glibc keeps pages between blocks in use, which add up with every layer read."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc alone has it
+    """Give the system back what was freed: glibc keeps pages between blocks in use."""
+    trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def free_large_blocks_at_once() -> None:
+    """From now on the system gets every block of a MiB or more back as soon as it is freed, and the process holds what it uses.
+
+    Otherwise glibc takes such blocks from its heap, where those still in use pin what was freed between them: more with every
+    layer, and another amount in every run. The price is the system's work for each block anew.
+    """
+    mallopt = _of_glibc("mallopt")
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def _of_glibc(name: str) -> Any:
+    """A function that glibc alone has; None with another C library."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -86,3 +86,30 @@ print(full, held, own())
     full, held, after = map(int, done.stdout.split())
     assert full - held < 100e6, "glibc gave it back by itself: the test shows nothing"
     assert held - after > 150e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="another allocator")
+@pytest.mark.parametrize("at_once", [False, True])
+def test_large_blocks_are_the_systems_again_when_they_are_freed(at_once: bool) -> None:
+    """Without anyone asking for it, between blocks that stay in use."""
+    code = f"""
+import torch
+from pathlib import Path
+from LLMPruner.memory import free_large_blocks_at_once
+
+def own():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+if {at_once}:
+    free_large_blocks_at_once()
+torch.ones(2**22)  # freed at once: by itself glibc takes blocks up to this size from its heap from now on
+blocks = [(torch.ones(2**18), torch.ones(2**8)) for _ in range(200)]
+full = own()
+kept = [small for _, small in blocks]
+del blocks
+print(full - own())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (int(done.stdout) > 150e6) == at_once

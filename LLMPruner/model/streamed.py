@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from LLMPruner.errors import RunError
-from LLMPruner.memory import return_freed_memory
+from LLMPruner.memory import free_large_blocks_at_once, return_freed_memory
 from LLMPruner.model.finished import UNCHANGED, FinishedLayers
 from LLMPruner.model.hidden import Home
 from LLMPruner.model.store import Store
@@ -45,6 +45,7 @@ class StreamedStore(Store):
         *,
         limit: int,
     ) -> None:
+        free_large_blocks_at_once()
         self._device, self._tensors, self._dtype = device, tensors, model.dtype
         folder: Path = finished.folder
         folder.mkdir(parents=True, exist_ok=True)
