@@ -67,6 +67,7 @@ _FULL_WORDS = (
     "File too large",
     "Disk quota",
     "PytorchStreamWriter failed",
+    "requested and",  # numpy's tofile, which gguf writes with
     "unexpected pos",
 )  # where libraries tell no number
 

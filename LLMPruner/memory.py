@@ -39,7 +39,7 @@ def available_memory(device: str) -> int:
         return torch.cuda.mem_get_info(cuda)[0] + kept
     import psutil
 
-    free = psutil.virtual_memory().available // parallel.local()[1]
+    free = min(psutil.virtual_memory().available, *_left_to_groups()) // parallel.local()[1]
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
 
@@ -47,6 +47,36 @@ def available_memory(device: str) -> int:
         if limit != resource.RLIM_INFINITY:
             free = min(free, limit - psutil.Process().memory_info().vms)
     return max(0, free)
+
+
+# Of a kind of control groups, by its name in /proc/self/cgroup (none: version 2): folder, limit, use, and how much of this is
+# files that were read and can be dropped. Source: the kernel's cgroup-v2.rst and cgroup-v1/memory.rst.
+GROUPS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _left_to_groups(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left to each control group of Linux (of a container, of a batch job) that limits the process; `own` names them."""
+    found = []
+    with contextlib.suppress(OSError):  # another system
+        for _, kind, place in (line.split(":", 2) for line in own.read_text().splitlines()):
+            if kind in GROUPS:
+                top = root / GROUPS[kind][0]
+                folder = top / place.strip("/")  # in a container it may be the machine's name of it: then only `top` is there
+                while folder.is_relative_to(top):
+                    found += _left_to_group(folder, *GROUPS[kind][1:])
+                    folder = folder.parent
+    return found
+
+
+def _left_to_group(folder: Path, limit: str, usage: str, inactive: str) -> list[int]:
+    with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+        free = int((folder / limit).read_text()) - int((folder / usage).read_text())
+        files = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+        return [free + sum(int(size) for name, size in files if name == inactive)]
+    return []
 
 
 def return_freed_memory() -> None:

@@ -70,7 +70,6 @@ class Run:
         self._lock = contextlib.ExitStack()
 
     def _new_timestamp_dir(self) -> Path:
-        restore_folder(self.dir)
         base = self.dir / time.strftime("%Y-%m-%d_%H-%M-%S")
         for attempt in range(100):
             folder = base if attempt == 0 else base.with_name(f"{base.name}_{attempt}")
@@ -89,6 +88,7 @@ class Run:
             except UsageError:
                 self._remove()
                 raise
+            restore_folder(self.dir)  # under the lock: on another machine a writer that lives may look dead
             self._write_script()
         self._handlers = start_logging(self.timestamp_dir / "training.log")
         logger.info("command: %s", self.command)

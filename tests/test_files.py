@@ -248,7 +248,12 @@ def test_free_space_is_required_of_the_nearest_existing_folder(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file"),
+        OSError("100000 requested and 25000 written"),
+    ],
 )
 @pytest.mark.parametrize("write", [write_atomically, write_folder_atomically])
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path, write, error):

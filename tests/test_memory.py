@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from LLMPruner import memory
 from LLMPruner.memory import peak_memory, process_peak_memory, reset_peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,28 @@ def test_a_reset_forgets_what_was_held_before():
 
     little, much, again = held(1 << 20), held(256 << 20), held(1 << 20)
     assert much - little > 200 << 20 and much - again > 200 << 20
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_or_batch_job_may_have_less_than_the_machine(tmp_path, monkeypatch, version) -> None:
+    """Its group's limit and that of the group around it, without files that can be dropped; one has none."""
+    own, top = tmp_path / "cgroup", tmp_path / "fs" / ("memory" if version == 1 else "")
+    own.write_text("3:cpuset:/other\n" + ("4:memory:/job/step\n" if version == 1 else "0::/job/step\n"))
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    names = names if version == 1 else ("memory.max", "memory.current", "inactive_file")
+    for place, limit, used in (("job/step", "8000", "3000"), ("job", "9000", "7000"), ("", "max", "9")):
+        folder = top / place
+        folder.mkdir(parents=True, exist_ok=True)
+        values = (limit, used, f"active_file 5\n{names[2]} 500")
+        for name, value in zip((*names[:2], "memory.stat"), values, strict=True):
+            (folder / name).write_text(f"{value}\n")
+    assert memory._left_to_groups(own, tmp_path / "fs") == [5500, 2500]
+    own.write_text(own.read_text().replace("/job/step", "/docker/abc"))  # the machine's name of it: only the top is there
+    assert memory._left_to_groups(own, tmp_path / "fs") == []
+    (top / names[0]).write_text("1009\n")
+    assert memory._left_to_groups(own, tmp_path / "fs") == [1500]
+    monkeypatch.setattr(memory, "_left_to_groups", lambda: [12345])
+    assert memory.available_memory("cpu") == 12345
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -355,6 +355,14 @@ def test_a_finished_run_of_other_settings_is_not_overwritten(command, capsys):
     assert Path("prune_log/exp/pytorch_model.bin").read_bytes() == before
 
 
+def test_scores_that_are_nowhere_are_one_sentence_also_of_a_run_that_goes_on(command, dies, capsys):
+    flags = ["--skip_importance_analysis", "--layer_importance_config=nowhere.json"]
+    dies(4, before=False)
+    assert command() == 130
+    assert command("--resume", *flags) == 2
+    assert "nowhere.json" in capsys.readouterr().err
+
+
 def test_with_nothing_to_go_on_with_the_command_says_so(command, capsys):
     assert command("--resume") == 2
     assert "no interrupted run" in capsys.readouterr().err and not Path("prune_log").exists()

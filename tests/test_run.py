@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from LLMPruner.errors import RunError, UsageError
+from LLMPruner.files import locked
 from LLMPruner.run import Run, check_experiment, start_logging, stop_logging
 
 FLAG = "--save_ckpt_log_name"
@@ -170,8 +172,16 @@ def test_a_run_finds_its_folder_as_a_dead_one_should_have_left_it():
     (folder / f".hf.{dead.pid}.tmp").mkdir()
     (folder / f".pytorch_model.bin.{dead.pid}.tmp").write_text("half")
     (folder / f".metrics.json.{os.getppid()}.tmp").write_text("half")
-    run = new_run()
-    assert {path.name for path in folder.iterdir()} == {"hf", f".metrics.json.{os.getppid()}.tmp", run.timestamp_dir.name}
+    before = {path.name for path in folder.iterdir()}
+    with locked(folder), pytest.raises(UsageError, match="exp"), new_run():  # on another machine the writer looks dead, too
+        pytest.fail("another run is at work here")
+    with new_run(dry_run=True) as run:
+        pass
+    assert {path.name for path in folder.iterdir()} == before | {run.timestamp_dir.name}
+    shutil.rmtree(run.timestamp_dir)
+    with new_run() as run:
+        kept = {"hf", f".metrics.json.{os.getppid()}.tmp", run.timestamp_dir.name}
+        assert {path.name for path in folder.iterdir() if path.name != "train.sh"} == kept
 
 
 def test_the_memory_of_a_stage_is_asked_of_the_device_of_the_run(monkeypatch):

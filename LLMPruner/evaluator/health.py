@@ -15,6 +15,7 @@ from LLMPruner.errors import DamagedError, RunError, UsageError
 from LLMPruner.evaluator.damage import Damage
 from LLMPruner.evaluator.generate import greedy, stop_tokens
 from LLMPruner.families.family import Projection, Sublayer
+from LLMPruner.memory import out_of_memory
 from LLMPruner.model.checkpoint import load_checkpoint
 from LLMPruner.model.device import resolve_device
 from LLMPruner.model.load import opened
@@ -210,6 +211,8 @@ def with_forward(diagnosis: Diagnosis, source: ModelSource, common: CommonConfig
             with opened(source, common) as loaded:
                 found = diagnose_forward(loaded)
         except Exception as error:  # whatever breaks while a model loads and runs is what a diagnosis is for
+            if out_of_memory(error):  # but for what the machine lacks
+                raise
             found = [Finding("error", "forward", f"{type(error).__name__}: {error}")]
     return replace(diagnosis, findings=(*diagnosis.findings, *found))
 

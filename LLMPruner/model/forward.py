@@ -48,14 +48,22 @@ class LayerRunner:
     """Runs the layers of a store over batches of windows."""
 
     def __init__(self, store: Store, *, batch_tokens: int = BATCH_TOKENS) -> None:
-        self.store, self.batch_tokens = store, batch_tokens
-        self.table, self.home = store.table, store.home
+        self.store, self.table, self.home = store, store.table, store.home
         self.head = Head(store, batch_tokens=batch_tokens)
 
     @classmethod
     def of(cls, model: LlamaForCausalLM, *, batch_tokens: int = BATCH_TOKENS) -> LayerRunner:
         """A runner of a model that is in memory."""
         return cls(ResidentStore(model), batch_tokens=batch_tokens)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that go through a layer, or the head, together."""
+        return self.head.batch_tokens
+
+    @batch_tokens.setter
+    def batch_tokens(self, tokens: int) -> None:
+        self.head.batch_tokens = tokens
 
     @property
     def num_layers(self) -> int:
@@ -83,7 +91,7 @@ class LayerRunner:
                 half = (part.stop - part.start) // 2
                 if half == 0 or not out_of_memory(error):
                     raise
-                self.batch_tokens = self.head.batch_tokens = half * seq_len
+                self.batch_tokens = half * seq_len
                 logger.warning("memory ran out: %d windows of %d tokens at a time from now on", half, seq_len)
                 continue
             yield part, result

@@ -36,12 +36,12 @@ class Home:
         size = torch.Size(shape).numel() * dtype.itemsize
         if self.limit is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
-        if self.held + size > self.limit:
+        taken = 1 << (size - 1).bit_length() if self.pinned else size  # as torch takes pinned memory
+        if self.held + taken > self.limit:
             return _in_file(shape, dtype, size, self.folder)
         room = torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.pinned)
-        size = 1 << (size - 1).bit_length() if self.pinned else size  # as torch takes pinned memory
-        self.held += size
-        weakref.finalize(room.untyped_storage(), self._release, size)
+        self.held += taken
+        weakref.finalize(room.untyped_storage(), self._release, taken)
         return room
 
     def empty_like(self, hidden: torch.Tensor) -> torch.Tensor:

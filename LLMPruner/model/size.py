@@ -22,7 +22,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 def stored_dtype(source: ModelSource) -> str:
     """The precision that a model's weights are stored in; float32 for a quantized GGUF, which is dequantized."""
     name = str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return name if name in DTYPES else "float32"
+    return name if name in DTYPES and name != "auto" else "float32"
 
 
 def checkpoint_bytes(params: int, dtype: str, device: str) -> int:

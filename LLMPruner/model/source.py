@@ -35,6 +35,7 @@ DIRECTORY_FILES = ("config.json", "generation_config.json", PLAN_FILE, PROVENANC
 DIRECTORY_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 DIRECTORY_FILES += ("additional_chat_templates/*.jinja",)  # what a directory's model is read from, beside its weights
 _CONTENT_PROBE = 1 << 20  # bytes hashed at the start, middle and end of a weights file
+_SMALL_PROBE, _PROBE_DISTANCE = 1 << 12, 1 << 22  # and all along it, where one is looked at closely
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,11 @@ class ModelSource:
         """Whether something was removed: by the plan, or by the record of an export whose own sizes are all alike."""
         return "settings" in self.provenance or not self.plan.is_dense
 
-    def fingerprint(self) -> str:
-        """A hash of the geometry and of samples of the weights: the same model in another folder has the same one."""
+    def fingerprint(self, *, closely: bool = False) -> str:
+        """A hash of the geometry and of samples of the weights: the same model in another folder has the same one.
+
+        `closely`: with so many samples that a change of single matrices of a large file shows, too.
+        """
         sizes = {name: value for name, value in asdict(self.geometry).items() if name != "family"}
         digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
         for path in weight_files(self):
@@ -71,6 +75,9 @@ class ModelSource:
                 for offset in (0, max(0, size // 2), max(0, size - _CONTENT_PROBE)):
                     handle.seek(offset)
                     digest.update(handle.read(_CONTENT_PROBE))
+                for offset in range(0, size, _PROBE_DISTANCE) if closely else ():
+                    handle.seek(offset)
+                    digest.update(handle.read(_SMALL_PROBE))
         return digest.hexdigest()[:32]
 
 

@@ -98,9 +98,10 @@ class Forecast:
         return sum(row.seconds for row in self.rows)
 
     @property
-    def needed(self) -> int:
-        """Bytes of the device's memory that the most demanding stage takes."""
-        return getattr(self.peak("host" if self.setup.cpu else "device"), "host" if self.setup.cpu else "device")
+    def lacks_memory(self) -> bool:
+        """Whether the device or the main memory of any process is too small."""
+        kinds = ("host",) if self.setup.cpu else ("device", "host")
+        return any(getattr(self.peak(kind), kind) > parallel.least(getattr(self.machine, kind)) for kind in kinds)
 
     def missing(self, unstreamable: str | None = None) -> list[str]:
         """What does not fit, a sentence each; `unstreamable` names what of the job needs all weights in memory."""
@@ -197,7 +198,7 @@ def foresee(job: PruneJob, budget: Budget, folder: Path) -> Forecast:
     machine = Machine(rates, available_memory(str(place)), free, disk, hidden_limit(job.common, free))
     settings = {"itemsize": dtype.itemsize, "device": place.type}
     found = forecast(job, budget, machine, **settings, resident=job.common.stream != "on")
-    if job.common.stream == "auto" and not job.unstreamable and found.needed > parallel.least(machine.device):
+    if job.common.stream == "auto" and not job.unstreamable and found.lacks_memory:
         return forecast(job, budget, machine, **settings, resident=False)
     return found
 

@@ -23,7 +23,7 @@ from LLMPruner.methods.repair import REPAIRS
 from LLMPruner.model.device import resolve_device
 from LLMPruner.model.size import checkpoint_bytes, export_bytes
 from LLMPruner.model.source import ModelSource, check_seq_len
-from LLMPruner.stages.journal import FREE, SEARCH_FILE, open_finetune_journal, open_journal
+from LLMPruner.stages.journal import FREE, SEARCH_FILE, Journal, open_finetune_journal, open_journal
 from LLMPruner.stages.teaching import check_memory, check_packages, disk_bytes
 from LLMPruner.training_config import FinetuneConfig
 
@@ -163,26 +163,24 @@ def check_prune(job: PruneJob, folder: Path) -> tuple[Budget, LayerImportance | 
     budget = make_budget(geometry, config)
     if job.dry_run:  # neither weights nor text need be there
         return budget, None
-    if job.resume:
-        done = open_journal(job, folder).done
-        if config.pruning_strategy == "search" and not {"plan", "finished"} & done.keys():
-            load_search(job, folder, budget)
-    importance = None
-    if config.layer_importance_file is not None:
-        file = Path(config.layer_importance_file)
-        importance = LayerImportance.load(file, job.source.fingerprint(), geometry.num_layers)
+    importance, scores = None, config.layer_importance_file
+    if scores is not None:
+        importance = LayerImportance.load(Path(scores), job.source.fingerprint(), geometry.num_layers)
+    journal = open_journal(job, folder) if job.resume else None
+    if journal is not None and config.pruning_strategy == "search" and not {"plan", "finished"} & journal.done.keys():
+        load_search(job, folder, budget)
     _check_text(job)
-    _check_room(job, geometry.dense_params - budget.target, folder)
+    _check_room(job, geometry.dense_params - budget.target, folder, journal)
     return budget, importance
 
 
-def _check_room(job: PruneJob, params: int, folder: Path) -> None:
+def _check_room(job: PruneJob, params: int, folder: Path, journal: Journal | None) -> None:
     """Raise UsageError where memory or disk have no room for what a run does whose pruned model has so many parameters."""
     if job.finetune is not None:
         check_memory(params, job.finetune, job.common)
     # the layers that are finished lie beside the model until the end
     sizes = [params] * (1 + job.save + job.saves_finetuned)
-    _check_space(job, sizes, folder, 0 if job.finetune is None else disk_bytes(params, job.finetune))
+    _check_space(job, sizes, folder, 0 if job.finetune is None else disk_bytes(params, job.finetune), journal)
 
 
 def check_recover(job: RecoverJob, folder: Path) -> None:
@@ -199,11 +197,10 @@ def check_recover(job: RecoverJob, folder: Path) -> None:
     if job.save:
         _check_not_overwritten(job.source, folder, (FINETUNED_FILE,), "--save_name")
     check_export_places(job.export, folder, job.source.path)
-    if job.resume:
-        open_finetune_journal(job, folder)
+    journal = open_finetune_journal(job, folder) if job.resume else None
     params = job.source.plan.total_params
     check_memory(params, job.training, job.common)
-    _check_space(job, [params] * job.save, folder, disk_bytes(params, job.training))
+    _check_space(job, [params] * job.save, folder, disk_bytes(params, job.training), journal)
 
 
 def check_exports(source: ModelSource, tokenizer: Any, export: ExportConfig, prune: PruneConfig | None = None) -> None:
@@ -263,12 +260,16 @@ def _check_not_overwritten(source: ModelSource, folder: Path, names: Iterable[st
             raise UsageError(f"{flag} {folder.name} would overwrite {source.path}: choose another name")
 
 
-def _check_space(job: PruneJob | RecoverJob, checkpoints: Iterable[int], folder: Path, more: int = 0) -> None:
-    """Raise UsageError unless the disk holds checkpoints of so many parameters each, the exports, and so many bytes `more`."""
+def _check_space(
+    job: PruneJob | RecoverJob, checkpoints: Iterable[int], folder: Path, more: int, journal: Journal | None
+) -> None:
+    """Raise UsageError unless the disk holds checkpoints of so many parameters each, the exports, and so many bytes `more`,
+    but for what the run that `journal` continues has written."""
     dtype, device = job.common.dtype, job.common.device
-    size = sum(checkpoint_bytes(params, dtype, device) for params in checkpoints)
+    size = sum(checkpoint_bytes(params, dtype, device) for params in checkpoints) + more
     size += export_bytes(job.source.geometry.dense_params, job.export, dtype, device)
-    require_free_space(folder, size + more, "what the run writes")
+    size -= 0 if journal is None else size if journal.finished else journal.written()
+    require_free_space(folder, size, "what the run writes")
 
 
 def _check_lengths(job: PruneJob) -> None:

@@ -33,7 +33,7 @@ logger = logging.getLogger("LLMPruner")
 
 JOURNAL_FILE, WORK, SEARCH_FILE = "journal.json", "work", "search_state.json"  # of an experiment
 FINETUNE = "finetune"  # what is added to these names for a fine-tuning of its own
-FORMAT = 1  # raised whenever what is kept comes to mean something else
+FORMAT = 2  # raised whenever what is kept comes to mean something else
 # What may differ between a run and its continuation: how long the search may take, and where weights lie meanwhile.
 FREE = ("search_minutes", "stream", "hidden_gb", "report_to")
 
@@ -82,7 +82,7 @@ def _key(
 
 
 def _model(source: ModelSource) -> list[str]:
-    return [source.fingerprint(), mark_of(dict(source.config))]
+    return [source.fingerprint(closely=True), mark_of(dict(source.config))]
 
 
 def mark_of(value: Any) -> str:
@@ -187,6 +187,11 @@ class Journal:
         if self.folder is None:
             return make()
         return kept_windows(self.work / f"{name}.safetensors", self.run, make)
+
+    def written(self) -> int:
+        """Bytes of what the run that is continued has written and will not write again."""
+        model, _when = self.done.get("save") or (0, 0)
+        return model + sum(path.stat().st_size for path in self.work.glob("**/*") if path.is_file())
 
     def finish(self) -> None:
         """The run is over."""

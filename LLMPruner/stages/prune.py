@@ -43,9 +43,10 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     Returns the pruned (and fine-tuned) model.
     """
     job = job.sized()
+    forecast = _forecast(job, run, budget)
     journal = open_journal(job, run.dir)
     journal.follow(run.stages)
-    forecast, loaded, windows, text = _load(job, run, budget, journal)
+    loaded, windows, text = _load(job, run, forecast, journal)
     answers = None if text is None else _answers(job, run, loaded, text, journal)
     results: dict[str, list[Perplexity]] = {}
     split = job.common.split("test")
@@ -78,17 +79,22 @@ def prune(job: PruneJob, run: Run, budget: Budget, importance: LayerImportance |
     return loaded
 
 
-def _load(
-    job: PruneJob, run: Run, budget: Budget, journal: Journal
-) -> tuple[Forecast, LoadedModel, PruneWindows, TrainingText | None]:
-    """Say what the run will cost, and load its text and its model, in memory or not as the forecast has it."""
-    import torch
-
-    torch.manual_seed(job.common.seed)
+def _forecast(job: PruneJob, run: Run, budget: Budget) -> Forecast:
+    """Say what the run will remove and cost, before the weights of a model of the hub are downloaded."""
     log_budget(job, budget)
     forecast = foresee(job, budget, run.dir)
     log_forecast(forecast, job)
     run.metrics["forecast"] = forecast.as_dict()
+    return forecast
+
+
+def _load(
+    job: PruneJob, run: Run, forecast: Forecast, journal: Journal
+) -> tuple[LoadedModel, PruneWindows, TrainingText | None]:
+    """Load text and model, in memory or not as the forecast has it."""
+    import torch
+
+    torch.manual_seed(job.common.seed)
     with run.stage("load"):
         tokenizer = load_tokenizer(job.source)
         windows = job.windows(tokenizer)
@@ -109,7 +115,7 @@ def _load(
         loaded.store.finished = journal.layers()
         loaded.runner.batch_tokens = journal.once("tokens of a batch", lambda: loaded.runner.batch_tokens)
         parallel.wait()  # until all have read what is finished: more will be
-    return forecast, loaded, windows, text
+    return loaded, windows, text
 
 
 def _scored(job: PruneJob, run: Run, loaded: LoadedModel, windows: PruneWindows, journal: Journal) -> LayerImportance:

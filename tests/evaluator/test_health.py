@@ -197,6 +197,15 @@ def test_whatever_breaks_in_the_forward_pass_is_a_finding(source, monkeypatch):
     assert errors(diagnosis) == [("forward", "IndexError: no such position")]
 
 
+def test_what_the_machine_lacks_is_no_illness(source, monkeypatch):
+    def large(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(health, "opened", large)
+    with pytest.raises(torch.OutOfMemoryError):
+        with_forward(diagnose_weights(source), source)
+
+
 def test_broken_weights_are_not_run(monkeypatch):
     monkeypatch.setattr(health, "opened", lambda *args, **kwargs: pytest.fail("was loaded"))
     diagnosis = with_forward(unreadable("m.bin", RuntimeError("torn")), SimpleNamespace())

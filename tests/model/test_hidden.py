@@ -40,6 +40,12 @@ def test_what_does_not_fit_the_limit_lies_in_files_and_is_as_good(tmp_path):
     assert home.held == 0
 
 
+def test_the_limit_is_of_what_pinned_memory_takes(tmp_path):
+    """A power of two: 2400 bytes take 4096."""
+    home = Home(CPU, pinned=True, limit=3000, folder=tmp_path)
+    assert home.empty((600,), torch.float32).shape == (600,) and home.held == 0
+
+
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

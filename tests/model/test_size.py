@@ -54,6 +54,7 @@ def test_exports_add_up_and_only_a_float32_gguf_is_wider_than_the_weights():
         ({"dtype": "torch.bfloat16"}, "bfloat16"),
         ({"dtype": "float8_e4m3fn"}, "float32"),
         ({"dtype": None}, "float32"),
+        ({"torch_dtype": "auto"}, "float32"),
         ({}, "float32"),
     ],
 )

@@ -48,6 +48,18 @@ def test_a_single_changed_weight_changes_the_fingerprint(model_dir):
     assert source.fingerprint() != before
 
 
+def test_who_looks_closely_sees_a_change_within_a_large_file(model_dir, monkeypatch):
+    source = find_model(str(model_dir()), FLAG)
+    large = source.path / "large.safetensors"
+    large.write_bytes(bytes(24 << 20))
+    monkeypatch.setattr("LLMPruner.model.source.weight_files", lambda _: [large])
+    before, closely = source.fingerprint(), source.fingerprint(closely=True)
+    with open(large, "r+b") as file:
+        file.seek(7 << 20)
+        file.write(b"x" * (5 << 20))  # a matrix
+    assert source.fingerprint() == before and source.fingerprint(closely=True) != closely
+
+
 def test_a_missing_path_is_refused_by_its_flag():
     for path in ("nowhere/at/all", "nowhere.bin", "nowhere/model.gguf", "./a/b"):
         with pytest.raises(UsageError, match=f"{FLAG} .*does not exist"):

@@ -92,9 +92,18 @@ def test_twice_the_layers_cost_twice_as_much_and_need_no_more_of_a_device_that_s
                 ratio = other.work.flops / one.work.flops
                 assert 1.85 < ratio < 2.1, one.stage  # the head is one, and of more layers each loses less
         if resident:
-            assert large.needed > small.needed + 10e9
+            assert large.peak("device").device > small.peak("device").device + 10e9
         else:
-            assert large.needed == pytest.approx(small.needed, rel=0.05) and large.needed < 5e9
+            assert (
+                large.peak("device").device == pytest.approx(small.peak("device").device, rel=0.05)
+                and large.peak("device").device < 5e9
+            )
+
+
+def test_memory_may_lack_on_the_device_or_beside_it():
+    roomy = foreseen(80.0)
+    host = replace(roomy, machine=replace(roomy.machine, host=roomy.peak("host").host - 1))
+    assert [found.lacks_memory for found in (roomy, foreseen(16.0), host)] == [False, True, True]
 
 
 def test_8b_fits_24_gb_in_memory_and_8_gb_streamed_and_70b_24_gb():

@@ -29,6 +29,7 @@ from LLMPruner.stages.job import (
     check_recover,
     search_key,
 )
+from LLMPruner.stages.journal import Journal, prune_key
 from LLMPruner.training_config import FinetuneConfig
 
 PRUNE = PruneConfig(prune_mlp=True, calibration_seq_len=64, layer_importance_seq_len=32)
@@ -255,6 +256,20 @@ def test_the_disk_must_hold_every_checkpoint_and_export(job, monkeypatch, change
         free(monkeypatch, size // files * (files - 1) + 1)
         refused(check_prune, asked, Path("exp"), "free")
         check_prune(replace(asked, dry_run=True), Path("exp"))
+
+
+def test_what_a_dead_run_has_written_needs_no_room_again(job, monkeypatch):
+    model, asked = checkpoint_bytes(job.source.geometry.dense_params, "float32", "cpu"), replace(job, resume=True)
+    journal = Journal(Path("exp"), prune_key(job.sized()))
+    journal.work.mkdir(parents=True)
+    journal.record("save", [model - 1, 0])
+    (journal.work / "layer_000.safetensors").write_bytes(b"1")
+    free(monkeypatch, model)
+    refused(check_prune, job, Path("exp"), "free")
+    check_prune(asked, Path("exp"))
+    journal.record("finished")
+    free(monkeypatch, 0)
+    check_prune(asked, Path("exp"))
 
 
 @pytest.mark.parametrize(
