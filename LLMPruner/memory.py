@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import sys
 from pathlib import Path
-from typing import Any
 
 from LLMPruner import parallel
 
@@ -81,9 +80,7 @@ def _left_to_group(folder: Path, limit: str, usage: str, inactive: str) -> list[
 
 def return_freed_memory() -> None:
     """Give the system back what was freed: glibc keeps pages between blocks in use."""
-    trim = _of_glibc("malloc_trim")
-    if trim is not None:
-        trim(0)
+    _call_glibc("malloc_trim", 0)
 
 
 def free_large_blocks_at_once() -> None:
@@ -92,14 +89,14 @@ def free_large_blocks_at_once() -> None:
     Otherwise glibc takes such blocks from its heap, where those still in use pin what was freed between them: more with every
     layer, and another amount in every run. The price is the system's work for each block anew.
     """
-    mallopt = _of_glibc("mallopt")
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    _call_glibc("mallopt", M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _of_glibc(name: str) -> Any:
-    """A function that glibc alone has; None with another C library."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+def _call_glibc(name: str, *arguments: int) -> None:
+    """Call a function that glibc alone has; with another C library nothing happens."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)
 
 
 def out_of_memory(error: BaseException) -> bool:

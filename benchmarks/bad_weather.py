@@ -136,9 +136,9 @@ def recipe(argv: Sequence[str]) -> None:
         struck, runs = kills(args, folder)
         print(f"{struck} kills, {runs} runs ended as the undisturbed one, nothing half-written")
         write_model(folder / "dense", small(2, 4096))
-        print("memory:", limited(args, folder, "v", 2_500_000))
+        print("memory:", limited(args, folder, "v", 2_500_000))  # less than a layer's statistics, streamed too
         write_model(folder / "dense", small(2, 1024))
-        print("disk:", limited(args, folder, "f", 20_000))
+        print("disk:", limited(args, folder, "f", 20_000))  # less than a layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -83,20 +83,19 @@ def test_a_container_or_batch_job_may_have_less_than_the_machine(tmp_path, monke
     assert memory.available_memory("cpu") == 12345
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="another allocator")
-def test_freed_memory_is_returned() -> None:
-    """Blocks that were freed between blocks in use are the system's again: else streamed layers would add up."""
-    code = """
-import torch
+GLIBC = pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="another allocator")
+HOLES = """
+import sys, torch
 from pathlib import Path
-from LLMPruner.memory import return_freed_memory
+from LLMPruner.memory import free_large_blocks_at_once, return_freed_memory
 
 def own():
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
     return int(line.split()[1]) * 1024
 
-torch.ones(2**22)  # freed at once: from now on glibc takes blocks up to this size from its heap
+if "at_once" in sys.argv:
+    free_large_blocks_at_once()
+torch.ones(2**22)  # freed at once: by itself glibc takes blocks up to this size from its heap from now on
 blocks = [(torch.ones(2**18), torch.ones(2**8)) for _ in range(200)]
 full = own()
 kept = [small for _, small in blocks]
@@ -105,34 +104,26 @@ held = own()
 return_freed_memory()
 print(full, held, own())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+
+
+def held_around_holes(*flags: str) -> tuple[int, int, int]:
+    """Bytes that a process holds with large blocks between small ones, without them, and after `return_freed_memory`."""
+    done = subprocess.run([sys.executable, "-c", HOLES, *flags], capture_output=True, text=True, check=True, cwd=ROOT)
     full, held, after = map(int, done.stdout.split())
+    return full, held, after
+
+
+@GLIBC
+def test_freed_memory_is_returned() -> None:
+    """Blocks that were freed between blocks in use are the system's again: else streamed layers would add up."""
+    full, held, after = held_around_holes()
     assert full - held < 100e6, "glibc gave it back by itself: the test shows nothing"
     assert held - after > 150e6
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="another allocator")
+@GLIBC
 @pytest.mark.parametrize("at_once", [False, True])
 def test_large_blocks_are_the_systems_again_when_they_are_freed(at_once: bool) -> None:
     """Without anyone asking for it, between blocks that stay in use."""
-    code = f"""
-import torch
-from pathlib import Path
-from LLMPruner.memory import free_large_blocks_at_once
-
-def own():
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024
-
-if {at_once}:
-    free_large_blocks_at_once()
-torch.ones(2**22)  # freed at once: by itself glibc takes blocks up to this size from its heap from now on
-blocks = [(torch.ones(2**18), torch.ones(2**8)) for _ in range(200)]
-full = own()
-kept = [small for _, small in blocks]
-del blocks
-print(full - own())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert (int(done.stdout) > 150e6) == at_once
+    full, held, _ = held_around_holes(*["at_once"] * at_once)
+    assert (full - held > 150e6) == at_once

@@ -98,18 +98,22 @@ class Forecast:
         return sum(row.seconds for row in self.rows)
 
     @property
+    def memories(self) -> tuple[str, ...]:
+        """The kinds of memory that the machine has."""
+        return ("host",) if self.setup.cpu else ("device", "host")
+
+    @property
     def lacks_memory(self) -> bool:
-        """Whether the device or the main memory of any process is too small."""
-        kinds = ("host",) if self.setup.cpu else ("device", "host")
-        return any(getattr(self.peak(kind), kind) > parallel.least(getattr(self.machine, kind)) for kind in kinds)
+        """Whether a memory of any process is too small."""
+        return any(getattr(self.peak(kind), kind) > parallel.least(getattr(self.machine, kind)) for kind in self.memories)
 
     def missing(self, unstreamable: str | None = None) -> list[str]:
         """What does not fit, a sentence each; `unstreamable` names what of the job needs all weights in memory."""
-        found = []
-        for kind, name in (("device", "device memory"), ("host", "main memory"), ("disk", "disk")):
+        found, names = [], {"device": "device memory", "host": "main memory", "disk": "disk"}
+        for kind in (*self.memories, "disk"):
             row, free = self.peak(kind), getattr(self.machine, kind)
-            if getattr(row, kind) > free and not (self.setup.cpu and kind == "device"):
-                needed = f"{getattr(row, kind) / 1e9:.1f} GB of {name}, {free / 1e9:.1f} GB are free"
+            if getattr(row, kind) > free:
+                needed = f"{getattr(row, kind) / 1e9:.1f} GB of {names[kind]}, {free / 1e9:.1f} GB are free"
                 found.append(f"stage {row.stage} needs {needed}: {self._advice(kind, row, unstreamable)}")
         return found
 

@@ -260,15 +260,14 @@ def _check_not_overwritten(source: ModelSource, folder: Path, names: Iterable[st
             raise UsageError(f"{flag} {folder.name} would overwrite {source.path}: choose another name")
 
 
-def _check_space(
-    job: PruneJob | RecoverJob, checkpoints: Iterable[int], folder: Path, more: int, journal: Journal | None
-) -> None:
+def _check_space(job: PruneJob | RecoverJob, sizes: Iterable[int], folder: Path, more: int, journal: Journal | None) -> None:
     """Raise UsageError unless the disk holds checkpoints of so many parameters each, the exports, and so many bytes `more`,
     but for what the run that `journal` continues has written."""
     dtype, device = job.common.dtype, job.common.device
-    size = sum(checkpoint_bytes(params, dtype, device) for params in checkpoints) + more
+    size = sum(checkpoint_bytes(params, dtype, device) for params in sizes) + more
     size += export_bytes(job.source.geometry.dense_params, job.export, dtype, device)
-    size -= 0 if journal is None else size if journal.finished else journal.written()
+    if journal is not None:
+        size -= size if journal.finished else journal.written()
     require_free_space(folder, size, "what the run writes")
 
 
