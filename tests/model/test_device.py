@@ -35,10 +35,10 @@ def test_the_default_precision_is_16_bit_where_the_gpu_computes_in_it(monkeypatc
 
 
 @pytest.mark.parametrize(("bf16", "amx"), [(False, False), (True, False), (False, True)])
-def test_the_default_precision_on_a_cpu_follows_its_instructions(monkeypatch, bf16, amx):
+def test_the_default_precision_on_a_cpu_follows_its_matrix_units(monkeypatch, bf16, amx):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if bf16 or amx else torch.float32)
+    assert resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if amx else torch.float32)
 
 
 @pytest.mark.parametrize("name", [name for name in DTYPES if name != "auto"])
