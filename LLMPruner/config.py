@@ -160,7 +160,10 @@ class PruneConfig:
     search_tokens: int | None = setting(
         None, "held-out tokens that KL is measured on, half written by the dense model; default: 24576 on a GPU, 6144 on a CPU"
     )
-    search_minutes: float = setting(10.0, "minutes until the best plan so far is taken, once every sublayer was measured")
+    search_minutes: float | None = setting(
+        None,
+        "minutes until the best plan so far is taken, once every sublayer was measured; default: no clock, one seed, one plan",
+    )
     allow_sublayer_removal: bool = setting(False, "a whole attention or MLP may go")
 
     importance: str = setting("taylor", "how KV groups and channels are scored", "units and repair")
@@ -199,10 +202,15 @@ class PruneConfig:
         require_at_least("--search_generations", self.search_generations, 0)
         if self.search_tokens is not None:
             require_at_least("--search_tokens", self.search_tokens, 2)
-        if not (math.isfinite(self.search_minutes) and self.search_minutes > 0):
+        if self.search_minutes is not None and not (math.isfinite(self.search_minutes) and self.search_minutes > 0):
             raise UsageError(f"--search_minutes must be a positive number, got {self.search_minutes}")
         if self.allow_sublayer_removal and self.pruning_strategy != "search":
             raise UsageError("--allow_sublayer_removal needs --pruning_strategy search")
+
+    @property
+    def search_seconds(self) -> float:
+        """Seconds after which the best plan so far is taken."""
+        return math.inf if self.search_minutes is None else 60 * self.search_minutes
 
     @property
     def repair_windows(self) -> int:

@@ -171,7 +171,7 @@ def _search(
 
     def search() -> tuple[PruningPlan, float]:
         state = load_search(job, run.dir, budget)
-        deadline = time.monotonic() + 60 * config.search_minutes
+        deadline = time.monotonic() + config.search_seconds
         fitness = prepare(loaded.runner, budget, config, windows.calibration, held_out, seed=job.common.seed)
         limits = level_limits(budget, config, scores)
         find_levels(fitness, budget, config, limits=limits, state=state, save=save, deadline=deadline)

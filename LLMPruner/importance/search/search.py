@@ -158,7 +158,7 @@ def improve(
         if fitness.levels != state.levels:
             fitness.adopt(state.levels)
         if not measure_shifts(fitness, limits, state, save, deadline):
-            logger.warning("search: %g minutes are over after generation %d", config.search_minutes, state.generation)
+            logger.warning("search: %g minutes are over after generation %d", config.search_seconds / 60, state.generation)
             break
         _evolve(fitness, budget, state)
         save(state)
@@ -265,7 +265,7 @@ def shifted_levels(state: SearchState, base: float, budget: Budget, width: float
 
 
 def cost(setup: Setup, config: PruneConfig, sublayers: int) -> Cost:
-    """What a search costs by its number of measures: rough, for it ends early where nothing gets better, or time is over.
+    """What a search costs by its number of measures: rough, for it ends early where nothing gets better.
 
     Two costs and, in each generation, two shifts a sublayer; a measure runs half of the layers on a part of the windows and
     heals the changed sublayer. Half of the windows the dense model writes.
@@ -287,4 +287,4 @@ def cost(setup: Setup, config: PruneConfig, sublayers: int) -> Cost:
     device = 2 * layers * hidden * sum(setup.columns(pruned=True)) * setup.itemsize + 12 * max(columns) ** 2
     host = 2 * layers * sum(width**2 for width in columns)
     kept = setup.hidden(tokens, 2 * (layers + 1))
-    return Cost("search", work, device, kept, host, head=True, most=60 * config.search_minutes)
+    return Cost("search", work, device, kept, host, head=True, most=config.search_seconds)
