@@ -1,9 +1,9 @@
 """A campaign from dense to recovered, in one command that can be killed and repeated: prune, recover in several ways, compare.
 
-    python benchmarks/recover.py --output DIR [--base_model PATH] [--data_dir DIR] [--samples 200] [--ways lora lora_taught]
+    python benchmarks/recover.py --output DIR [--base_model PATH] [--data_dir DIR] [--dataset wikitext2:0.3 news:0.3 self:0.4]
 
-Every way sees as many tokens: LoRA on the text alone (the document's way), LoRA and full fine-tuning with the dense model as
-teacher on that text and on text that it writes itself. Repeated with the same --output, only what is missing is done.
+Every way sees as many tokens: all weights or LoRA with the dense model as teacher on --dataset, or LoRA on --corpus alone (the
+document's way). Repeated with the same --output, only what is missing is done, so more ways can be added to a campaign.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script of the repository, not of an installed package
 
 from LLMPruner import cli
-from LLMPruner.config import require_at_least
+from LLMPruner.config import CommonConfig
 from LLMPruner.data.corpora import check_corpus
+from LLMPruner.data.mixture import SELF, check_mixture, windows_by_part
 from LLMPruner.errors import RunError, UsageError
 from LLMPruner.files import check_output_folder, read_json_file, write_atomically, write_json
 from LLMPruner.stages.teaching import SELF_TEXT
+from LLMPruner.training_config import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = "self:0.5"
-TAUGHT = ["--distill", "--dataset", "{corpus}:0.5", OWN]
-WAYS = {  # flags of test_finetuning.py
-    "lora": ["--use_lora", "--dataset", "{corpus}"],
-    "lora_taught": ["--use_lora", *TAUGHT],
-    "full_taught": ["--lr", "1e-4", *TAUGHT],
+WAYS = {  # flags of test_finetuning.py; who has a teacher reads --dataset, the others --corpus
+    "full_taught": ["--lr", "3e-4", "--distill"],
+    "lora_taught": ["--use_lora", "--distill"],
+    "lora": ["--use_lora"],
 }
 PRUNED = Path("prune_log/pruned")
 
@@ -44,13 +44,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_dir", help="folder with local corpora")
     parser.add_argument("--pruning_ratio", type=float, default=0.25, help="fraction of the parameters to remove")
     parser.add_argument("--preset", default=None, help="preset of the pruning; default: none")
-    parser.add_argument("--corpus", default="wikitext2", help="text to calibrate and to train on")
+    parser.add_argument("--corpus", default="wikitext2", help="text to calibrate on, and of --ways lora")
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        metavar="NAME[:WEIGHT]",
+        help="text to learn on from the teacher; default: --corpus and self",
+    )
     parser.add_argument("--eval_datasets", nargs="+", default=["wikitext2"], help="text to report on")
     parser.add_argument("--eval_samples", type=int, default=0, help="windows of it; 0: all")
     parser.add_argument("--samples", type=int, default=200, help="training windows")
     parser.add_argument("--epochs", type=int, default=1, help="passes over them")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to recover")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["full_taught"], help="ways to recover")
     parser.add_argument("--seed", type=int, default=42, help="seed of every random choice")
     parser.add_argument("--device", default="auto", help="where to compute")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of the pruning script, at the end")
@@ -58,7 +64,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def local(path: str) -> str:
-    """A path as it is called from the output folder; a name stays one."""
+    """A path, with a weight or without one, as it is called from the output folder; a name stays one."""
+    place, colon, weight = path.rpartition(":")
+    if colon and Path(place).exists() and not Path(path).exists():
+        return f"{Path(place).resolve()}:{weight}"
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
@@ -74,6 +83,16 @@ def same_campaign(args: argparse.Namespace, output: Path) -> None:
                 raise UsageError(f"--output {output} has a campaign whose --{name} {was}: choose another folder")
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, asked)
+
+
+def check_text(args: argparse.Namespace) -> dict[str, int]:
+    """All that can be said of the text before an hour is spent: windows of each part of --dataset. Raises UsageError."""
+    config = FinetuneConfig(samples=args.samples, epochs=args.epochs, seq_len=args.seq_len, dataset=tuple(args.dataset))
+    check_mixture(config, CommonConfig(data_dir=args.data_dir))
+    check_corpus(args.corpus, args.data_dir, "train", args.seq_len)
+    for corpus in args.eval_datasets:
+        check_corpus(corpus, args.data_dir, "test", args.seq_len)
+    return windows_by_part(config)
 
 
 def once(args: argparse.Namespace, folder: Path, journal: str, script: str, *flags: str) -> None:
@@ -108,10 +127,9 @@ def recipe(argv: Sequence[str]) -> None:
     args = parse(argv)
     args.base_model, args.corpus = local(args.base_model), local(args.corpus)
     args.eval_datasets = [local(name) for name in args.eval_datasets]
+    args.dataset = [local(entry) for entry in args.dataset or (f"{args.corpus}:0.5", f"{SELF}:0.5")]
     output = check_output_folder(args.output, "--output")
-    require_at_least("--samples", args.samples, 1)
-    for corpus in {args.corpus, *args.eval_datasets}:
-        check_corpus(corpus, args.data_dir, "train" if corpus == args.corpus else "test", args.seq_len)
+    text = check_text(args)
     same_campaign(args, output)
     prune = ["--base_model", args.base_model, "--save_ckpt_log_name", PRUNED.name, "--prune_mlp", "--save_model"]
     prune += ["--pruning_ratio", str(args.pruning_ratio), "--calibration_dataset", args.corpus]
@@ -120,10 +138,10 @@ def recipe(argv: Sequence[str]) -> None:
     once(args, PRUNED, "journal.json", "llama3_unbalanced_pruning_gqa_aware.py", *prune)
     models = [f"dense={args.base_model}", f"pruned={PRUNED / 'pytorch_model.bin'}"]
     for way in args.ways:
-        flags = [flag.format(corpus=args.corpus) for flag in WAYS[way]]
-        flags += ["--model_path", str(PRUNED / "pytorch_model.bin"), "--save_name", way, "--samples", str(args.samples)]
-        flags += ["--epochs", str(args.epochs), "--seq_len", str(args.seq_len)]
-        if OWN in flags:
+        flags = [*WAYS[way], "--model_path", str(PRUNED / "pytorch_model.bin"), "--save_name", way]
+        flags += ["--samples", str(args.samples), "--epochs", str(args.epochs), "--seq_len", str(args.seq_len)]
+        flags += ["--dataset", *(args.dataset if "--distill" in flags else [args.corpus])]
+        if "--distill" in flags and SELF in text:
             share_text(output / PRUNED.parent, way)
         once(args, PRUNED.parent / way, "journal_finetune.json", "test_finetuning.py", *flags)
         models.append(f"{way}={PRUNED.parent / way / 'pytorch_model_finetuned.bin'}")
