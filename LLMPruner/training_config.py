@@ -74,7 +74,7 @@ class FinetuneConfig:
     seq_len: int = setting(512, "tokens of a training window; use the same for evaluation")
     batch_size: int = setting(1, "windows per device; an optimizer step takes as many times --grad_accum")
     grad_accum: int = setting(4, "batches whose gradients are added up to one step")
-    micro_batch: int | None = setting(None, "windows computed at once; default: a whole step's where memory allows")
+    micro_batch: int | None = setting(None, "windows computed at once; default: of a step's all that fit; on a CPU 512 tokens")
     max_grad_norm: float = setting(1.0, "gradient clipping; 0: none")
     warmup_steps: int | None = setting(None, "steps of linear warm-up; default: 100, but at most a tenth of all steps")
     weight_decay: float = setting(0.01, "AdamW weight decay")

@@ -27,13 +27,24 @@ WINDOW, LAYERS = 1000, 10
     ],
 )
 def test_the_most_windows_that_divide_a_step_and_fit(room, expected):
-    assert batch._fitting(CONFIG, WINDOW, LAYERS, room) == expected
+    assert batch._fitting(CONFIG, WINDOW, LAYERS, room, 12) == expected
+
+
+@pytest.mark.parametrize(("most", "windows"), [(1, 1), (5, 4), (11, 6), (100, 12)])
+def test_no_more_windows_at_once_than_keep_the_cores_busy(most, windows):
+    assert batch._fitting(CONFIG, WINDOW, LAYERS, 100 * WINDOW, most) == Batch(windows, recompute=False)
+
+
+def test_on_a_cpu_long_windows_are_computed_one_by_one(tmp_path):
+    student = Student(tiny_model(), DistillConfig())
+    for seq_len, windows in ((128, 4), (512, 1)):
+        assert choose_batch(student, CONFIG, random_windows(2, seq_len), tmp_path / str(seq_len)).windows == windows
 
 
 def test_what_is_asked_for_is_taken_and_recomputed_where_it_does_not_fit():
     asked = FinetuneConfig(batch_size=3, grad_accum=4, seq_len=16, micro_batch=6)
-    assert batch._fitting(asked, WINDOW, LAYERS, 6 * WINDOW) == Batch(6, recompute=False)
-    assert batch._fitting(asked, WINDOW, LAYERS, 6 * WINDOW - 1) == Batch(6, recompute=True)
+    assert batch._fitting(asked, WINDOW, LAYERS, 6 * WINDOW, 12) == Batch(6, recompute=False)
+    assert batch._fitting(asked, WINDOW, LAYERS, 6 * WINDOW - 1, 12) == Batch(6, recompute=True)
 
 
 def test_the_memory_of_a_window_is_what_its_way_forward_keeps():
