@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script of the repository, not of an installed package
 
@@ -34,6 +35,7 @@ WAYS = {  # flags of test_finetuning.py; who has a teacher reads --dataset, the 
     "lora": ["--use_lora"],
 }
 PRUNED = Path("prune_log/pruned")
+CAMPAIGN, PRUNE = "campaign.json", "llama3_unbalanced_pruning_gqa_aware.py"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,7 +76,7 @@ def local(path: str) -> str:
 def same_campaign(args: argparse.Namespace, output: Path) -> None:
     """Write down what the campaign is. Raises UsageError where the folder has another one, whose figures would be taken."""
     asked = {name: value for name, value in vars(args).items() if name not in ("output", "ways")}
-    path = output / "campaign.json"
+    path = output / CAMPAIGN
     if path.is_file():
         before = read_json_file(path, "--output: the campaign")
         for name in asked:
@@ -87,12 +89,27 @@ def same_campaign(args: argparse.Namespace, output: Path) -> None:
 
 def check_text(args: argparse.Namespace) -> dict[str, int]:
     """All that can be said of the text before an hour is spent: windows of each part of --dataset. Raises UsageError."""
+    check_corpus(args.corpus, args.data_dir, "train", args.seq_len)
     config = FinetuneConfig(samples=args.samples, epochs=args.epochs, seq_len=args.seq_len, dataset=tuple(args.dataset))
     check_mixture(config, CommonConfig(data_dir=args.data_dir))
-    check_corpus(args.corpus, args.data_dir, "train", args.seq_len)
     for corpus in args.eval_datasets:
         check_corpus(corpus, args.data_dir, "test", args.seq_len)
     return windows_by_part(config)
+
+
+def pruning(args: argparse.Namespace) -> list[str]:
+    """The pruning script's flags."""
+    flags = ["--base_model", args.base_model, "--save_ckpt_log_name", PRUNED.name, "--prune_mlp", "--save_model"]
+    flags += ["--pruning_ratio", str(args.pruning_ratio), "--calibration_dataset", args.corpus]
+    flags += [] if args.preset is None else ["--preset", args.preset]
+    return [*flags, *args.flags]
+
+
+def check_pruning(args: argparse.Namespace) -> None:
+    """Foresee the pruning, which says what it will take. Raises UsageError where it can't be, before there is a campaign."""
+    with TemporaryDirectory() as nowhere:
+        if run(nowhere, PRUNE, *pruning(args), *shared(args), "--dry_run"):
+            raise UsageError(f"{PRUNE} refuses this campaign: correct what it says above; nothing was changed")
 
 
 def once(args: argparse.Namespace, folder: Path, journal: str, script: str, *flags: str) -> None:
@@ -102,9 +119,13 @@ def once(args: argparse.Namespace, folder: Path, journal: str, script: str, *fla
         if "finished" in read_json_file(place, str(place))["done"]:
             return
         flags = (*flags, "--resume")
-    shared = ["--seed", str(args.seed), "--device", args.device]
-    shared += [] if args.data_dir is None else ["--data_dir", str(Path(args.data_dir).resolve())]
-    call(args, script, *flags, *shared)
+    call(args, script, *flags, *shared(args))
+
+
+def shared(args: argparse.Namespace) -> list[str]:
+    """Flags of both scripts that change a model."""
+    flags = ["--seed", str(args.seed), "--device", args.device]
+    return flags + ([] if args.data_dir is None else ["--data_dir", str(Path(args.data_dir).resolve())])
 
 
 def share_text(folder: Path, way: str) -> None:
@@ -117,9 +138,14 @@ def share_text(folder: Path, way: str) -> None:
 
 def call(args: argparse.Namespace, script: str, *flags: str) -> None:
     """Run a script of the suite in the output folder. Raises RunError where it fails."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=args.output, check=False)
-    if done.returncode:
-        raise RunError(f"{script} ended with {done.returncode}: repeat the same command to go on")
+    code = run(args.output, script, *flags)
+    if code:
+        raise RunError(f"{script} ended with {code}: repeat the same command to go on")
+
+
+def run(folder: str, script: str, *flags: str) -> int:
+    """The exit code of a script of the suite, run in `folder`."""
+    return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=folder, check=False).returncode
 
 
 def recipe(argv: Sequence[str]) -> None:
@@ -130,12 +156,10 @@ def recipe(argv: Sequence[str]) -> None:
     args.dataset = [local(entry) for entry in args.dataset or (f"{args.corpus}:0.5", f"{SELF}:0.5")]
     output = check_output_folder(args.output, "--output")
     text = check_text(args)
+    if not (output / CAMPAIGN).is_file():
+        check_pruning(args)
     same_campaign(args, output)
-    prune = ["--base_model", args.base_model, "--save_ckpt_log_name", PRUNED.name, "--prune_mlp", "--save_model"]
-    prune += ["--pruning_ratio", str(args.pruning_ratio), "--calibration_dataset", args.corpus]
-    prune += [] if args.preset is None else ["--preset", args.preset]
-    prune += args.flags
-    once(args, PRUNED, "journal.json", "llama3_unbalanced_pruning_gqa_aware.py", *prune)
+    once(args, PRUNED, "journal.json", PRUNE, *pruning(args))
     models = [f"dense={args.base_model}", f"pruned={PRUNED / 'pytorch_model.bin'}"]
     for way in args.ways:
         flags = [*WAYS[way], "--model_path", str(PRUNED / "pytorch_model.bin"), "--save_name", way]

@@ -68,13 +68,16 @@ def test_a_campaign_that_stopped_goes_on_and_takes_another_way_later(command, mo
         (["--dataset", "nowhere.txt:1"], 12, "nowhere.txt"),
         (["--dataset", "wikitext2:0.99", "self:0.01"], 12, "no window"),
         (["--eval_datasets", "nowhere"], 12, "nowhere"),
+        (["--corpus", "self"], 12, "self"),
+        (["--base_model", "nowhere"], 12, "nowhere"),
+        (["--pruning_ratio", "1.5"], 12, "--pruning_ratio"),
         (["--ways", "magic"], 12, "magic"),
         ([], 0, "--samples"),
     ],
 )
-def test_a_wrong_campaign_changes_nothing(command, capsys, flags, samples, words):
+def test_a_wrong_campaign_changes_nothing(command, capfd, flags, samples, words):
     assert command(*flags, samples=samples) == 2
-    assert words in capsys.readouterr().err and not Path("out").exists()
+    assert words in capfd.readouterr().err and not Path("out").exists()
 
 
 def test_a_folder_has_one_campaign(command, capsys):
