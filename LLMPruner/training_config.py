@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from LLMPruner.config import require_at_least, setting
 from LLMPruner.errors import UsageError
 
+CHECKS = 10  # of a training, at most, unless the user says when
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -80,7 +82,8 @@ class FinetuneConfig:
     weight_decay: float = setting(0.01, "AdamW weight decay")
     optimizer: str = setting("adamw", "adamw_8bit: moments in 8 bits, by the package bitsandbytes, on a GPU")
     check_steps: int | None = setting(
-        None, "steps between checkpoints, with the loss on held-out text; default: a tenth of all, fewer looks at short runs"
+        None,
+        "steps between checkpoints, with the loss on held-out text; default: a tenth of all or more, fewer looks at short runs",
     )
     report_to: str = setting("none", "tensorboard: also write curves for it, below the run's folder")
     dataset: tuple[str, ...] = setting(("wikitext2",), "corpora, files, self (the dense model's text); :WEIGHT may follow")
@@ -125,8 +128,9 @@ class FinetuneConfig:
         return max(1, steps // 20)
 
     def check_every(self, steps: int) -> int:
-        """Steps between checkpoints of a training of `steps`: by default each comes with a line that is due anyway."""
-        return self.check_steps or 2 * self.log_every(steps)
+        """Steps between checkpoints of a training of `steps`: by default `CHECKS` at most, each with a line due anyway."""
+        every = self.log_every(steps)
+        return self.check_steps or every * math.ceil(steps / every / CHECKS)
 
     def look_every(self, windows: int, held_out: int) -> int:
         """Checkpoints from one look at so many held-out windows to the next, of a training on `windows`.

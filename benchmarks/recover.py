@@ -125,7 +125,7 @@ def once(args: argparse.Namespace, folder: Path, journal: str, script: str, *fla
 def shared(args: argparse.Namespace) -> list[str]:
     """Flags of both scripts that change a model."""
     flags = ["--seed", str(args.seed), "--device", args.device]
-    return flags + ([] if args.data_dir is None else ["--data_dir", str(Path(args.data_dir).resolve())])
+    return flags + ([] if args.data_dir is None else ["--data_dir", args.data_dir])
 
 
 def share_text(folder: Path, way: str) -> None:
@@ -155,6 +155,9 @@ def recipe(argv: Sequence[str]) -> None:
     args.eval_datasets = [local(name) for name in args.eval_datasets]
     args.dataset = [local(entry) for entry in args.dataset or (f"{args.corpus}:0.5", f"{SELF}:0.5")]
     output = check_output_folder(args.output, "--output")
+    args.output = str(output)
+    if args.data_dir is not None:
+        args.data_dir = str(Path(args.data_dir).expanduser().resolve())
     text = check_text(args)
     if not (output / CAMPAIGN).is_file():
         check_pruning(args)
@@ -173,15 +176,17 @@ def recipe(argv: Sequence[str]) -> None:
     compare += ["--seq_len", str(args.seq_len), "--eval_datasets", *args.eval_datasets]
     compare += ["--eval_samples", str(args.eval_samples), "--save_results", "results.json", "--table_lang", "en"]
     compare += ["--resume"] if (output / "results.json").is_file() else []
-    compare += [] if args.data_dir is None else ["--data_dir", str(Path(args.data_dir).resolve())]
+    compare += [] if args.data_dir is None else ["--data_dir", args.data_dir]
     call(args, "evaluate_models.py", *compare, "--device", args.device)
     print(json.dumps({way: seconds(args, way) for way in args.ways}))
 
 
-def seconds(args: argparse.Namespace, way: str) -> float:
-    """Of a way's training, as its metrics say."""
-    stages = read_json_file(Path(args.output, PRUNED.parent, way, "metrics.json"), way)["stages"]
-    return sum(stage["seconds"] for stage in stages if stage["stage"] in ("teach", "train"))
+def seconds(args: argparse.Namespace, way: str) -> float | None:
+    """Of a way's training, as its metrics say; None where it was cut off, for they know what came after alone."""
+    metrics = read_json_file(Path(args.output, PRUNED.parent, way, "metrics.json"), way)
+    if metrics["training"]["resumed_at"] is not None:
+        return None
+    return sum(stage["seconds"] for stage in metrics["stages"] if stage["stage"] in ("teach", "train"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

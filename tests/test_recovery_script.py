@@ -137,6 +137,7 @@ def test_another_command_is_not_resumed_and_the_difference_is_named(command, mon
     ("flags", "words"),
     [
         (["--distill", "--teacher=/nowhere"], "--teacher"),
+        (["--teacher=/nowhere"], "--teacher has nothing to do"),
         (["--distill", "--distill_alpha=0"], "--distill_alpha"),
         (["--distill", "--distill_temperature=nan"], "--distill_temperature"),
         (["--distill", "--teacher_draws=0"], "--teacher_draws"),
@@ -155,11 +156,20 @@ def test_wrong_settings_change_nothing(command, capsys, flags, words):
     assert words in error and error.count("\n") == 1 and files() == seen
 
 
-def test_a_launcher_that_splits_the_model_is_refused(command, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+@pytest.mark.parametrize("kind", ["FSDP", "DeepSpeed"])
+def test_a_launcher_that_splits_the_model_is_refused(command, monkeypatch, capsys, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
     seen = files()
     assert command() == 2
-    assert "FSDP" in capsys.readouterr().err and files() == seen
+    assert kind in capsys.readouterr().err and files() == seen
+
+
+def test_more_processes_than_windows_are_refused(command, monkeypatch, capsys):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    seen = files()
+    assert command("--samples=2") == 2
+    assert "3 processes cannot share --samples 2" in capsys.readouterr().err and files() == seen
 
 
 def test_a_disk_without_room_for_checkpoints_and_answers_is_noticed_first(command, monkeypatch, capsys):

@@ -45,9 +45,11 @@ def needs_teacher(config: FinetuneConfig) -> bool:
 def find_teacher(source: ModelSource, config: FinetuneConfig) -> ModelSource | None:
     """The dense model of `source`, as asked for or as its record names it; None where a training does not need it.
 
-    Raises UsageError where it is not there, or has another vocabulary.
+    Raises UsageError where it is not there, has another vocabulary, or is named and not needed.
     """
     if not needs_teacher(config):
+        if config.distill.teacher is not None:
+            raise UsageError(f"--teacher has nothing to do: add --distill, or {SELF} to {config.prefix}dataset")
         return None
     path = config.distill.teacher or source.provenance.get("base_model")
     if not path:
@@ -163,6 +165,10 @@ def check_packages(config: FinetuneConfig, common: CommonConfig) -> None:
     """Raise UsageError where a setting or the launcher needs what is not here."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # the launcher's own word
         raise UsageError("a model split over devices (FSDP) is not trained here: launch with --multi_gpu, each with all of it")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise UsageError("DeepSpeed is not used here: launch with --multi_gpu, each process with a whole model")
+    if config.samples < parallel.count():
+        raise UsageError(f"{parallel.count()} processes cannot share {config.prefix}samples {config.samples}: ask for more")
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UsageError(f"{config.prefix}report_to tensorboard needs a package: pip install tensorboard")
     if config.optimizer == "adamw_8bit":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ from transformers import TrainingArguments
 
 from LLMPruner import parallel
 from LLMPruner.trainer.batch import Batch
-from LLMPruner.trainer.checkpoints import KEPT
 from LLMPruner.trainer.loss import Student
 from LLMPruner.training_config import FinetuneConfig
 
@@ -45,7 +45,7 @@ def arguments(config: FinetuneConfig, steps: int, batch: Batch, folder: Path, st
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": config.check_every(steps),
-        "save_total_limit": KEPT,
+        "save_total_limit": None,  # the Trainer would remove the old ones before the new one is whole: see checkpoints.py
         "report_to": "none",
         "seed": seed,
         "data_seed": seed,
@@ -71,6 +71,8 @@ def training_arguments(values: dict[str, Any], device: torch.device) -> Training
     """Train where the model is: by itself the Trainer takes cuda:0, and copies the model to all GPUs (DataParallel)."""
     if "eval_strategy" in values:
         values |= {"eval_steps": values["save_steps"]}
+    # A launcher's word for it would count where neither is asked for: here --dtype decides.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = next((name for name in ("bf16", "fp16") if values.get(name)), "no")
     arguments = TrainingArguments(**values)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1

@@ -1,6 +1,7 @@
 """Checkpoints of a training: what is trained, and the Trainer's own state, so that a run that died goes on as if it had not.
 
-The Trainer writes a checkpoint file by file. One counts when it is marked as whole, which is done when all of it is on disk.
+The Trainer writes a checkpoint file by file. One counts when it is marked as whole, which is done when all of it is on disk;
+only then older ones go, first their marks. So whenever a run dies, the best and the last whole one are there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,21 @@ def last_checkpoint(folder: Path) -> Path | None:
             shutil.rmtree(path)
     whole = [path for path in found if (path / WHOLE).is_file()]
     parallel.wait()  # until all have looked
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(whole, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _remove_old(folder: Path, best: str | None) -> None:
+    """Remove all whole checkpoints but the best one and the last one, or the last two where these are one."""
+    whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")]
+    whole.sort(key=lambda path: (best is not None and path.name == Path(best).name, step_of(path)))
+    for path in whole[:-KEPT]:
+        (path / WHOLE).unlink()
+        shutil.rmtree(path)
 
 
 def write_weights(model: torch.nn.Module, folder: Path) -> None:
@@ -52,7 +67,7 @@ def read_weights(model: torch.nn.Module, folder: Path) -> None:
 
 
 class MarkWhole(TrainerCallback):
-    """Marks a checkpoint when all of its files are on the disk."""
+    """Marks a checkpoint when all of its files are on the disk, and removes those that are no longer needed."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called when the Trainer has written its last file."""
@@ -64,3 +79,4 @@ class MarkWhole(TrainerCallback):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         write_text(folder / WHOLE, "")
+        _remove_old(folder.parent, state.best_model_checkpoint)

@@ -19,7 +19,7 @@ from LLMPruner.model.rates import measure_rates
 from LLMPruner.model.tokenizer import quiet_transformers
 from LLMPruner.trainer.arguments import arguments, autocast_dtype, checks, training_arguments
 from LLMPruner.trainer.batch import Batch, choose_batch
-from LLMPruner.trainer.checkpoints import MarkWhole, last_checkpoint
+from LLMPruner.trainer.checkpoints import MarkWhole, last_checkpoint, step_of
 from LLMPruner.trainer.loop import RecoveryTrainer, Rows, collate
 from LLMPruner.trainer.loss import Student
 from LLMPruner.trainer.progress import Bar, Pace, Progress, Watch
@@ -57,9 +57,9 @@ def finetune(
 
     With distillation either `teacher`, a dense model beside the student, or its drawn `answers` to the text's windows and then
     to those held out, are given. LoRA adapters are saved to `places.adapter` and merged, so the model is afterwards what it
-    was, with other weights. Returns method, steps, trainable parameters, learning rate, warm-up steps, the curves, and the
-    first and last logged loss (nats a token). Raises RunError on a non-finite loss or gradient; a model under LoRA then has
-    its old weights back.
+    was, with other weights. Returns method, steps, the step that it went on from or None, trainable parameters, learning rate,
+    warm-up steps, the curves, and the first and last logged loss (nats a token). Raises RunError on a non-finite loss or
+    gradient; a model under LoRA then has its old weights back.
     """
     model, precision = loaded.model, autocast_dtype(loaded.model)  # of the weights as loaded: training may widen them
     with quiet_transformers(), ExitStack() as stack:
@@ -72,7 +72,7 @@ def finetune(
         batch = choose_batch(student, config, text.rows.windows, folder)
         stack.enter_context(training_settings(model, recompute=batch.recompute))
         trainer = _trainer(student, config, text, answers, folder, batch, seed=seed, resumed=last is not None)
-        _report(trainer, config, places, text.rows.windows.shape[1])
+        _report(trainer, config, places)
         if last is not None:
             logger.info("going on from %s", last)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -82,7 +82,7 @@ def finetune(
         _warn_of_no_gain(trainer)
         if places.adapter is not None and parallel.main():
             save_adapter(trained, places.adapter, places.base)
-    return _record(config, trainer, count)
+    return _record(config, trainer, count, None if last is None else step_of(last))
 
 
 def _weights(loaded: LoadedModel, config: FinetuneConfig, seed: int) -> AbstractContextManager[torch.nn.Module]:
@@ -99,7 +99,7 @@ def _warn_of_no_gain(trainer: Trainer) -> None:
         )
 
 
-def _record(config: FinetuneConfig, trainer: Trainer, count: int) -> dict[str, Any]:
+def _record(config: FinetuneConfig, trainer: Trainer, count: int, resumed_at: int | None) -> dict[str, Any]:
     """What a training says of itself, from the Trainer's history, which outlives an interruption."""
     history = trainer.state.log_history
     losses = [row for row in history if "loss" in row]
@@ -107,6 +107,7 @@ def _record(config: FinetuneConfig, trainer: Trainer, count: int) -> dict[str, A
     return {
         "method": config.method,
         "steps": trainer.state.global_step,
+        "resumed_at": resumed_at,
         "trainable_parameters": count,
         "learning_rate": config.learning_rate,
         "warmup_steps": config.warmup(trainer.state.max_steps),
@@ -139,11 +140,11 @@ def _trainer(
     mine = -(-len(windows) // parallel.count())
     looks = config.look_every(mine, offset - len(windows))
     values = arguments(config, config.steps(mine), batch, folder, student, seed)
-    values |= checks(text, first=looks == 1 and not resumed)
+    values |= checks(text, first=not resumed)
     trainer = RecoveryTrainer(
         model=student,
         args=training_arguments(values, model.device),
-        train_dataset=Rows(text.rows, answers),
+        train_dataset=Rows(text.rows, answers, multiple=1 if parallel.count() == 1 else parallel.count() * batch.windows),
         eval_dataset=held_out or None,
         data_collator=collate,
     )
@@ -151,16 +152,15 @@ def _trainer(
     return trainer
 
 
-def _report(trainer: RecoveryTrainer, config: FinetuneConfig, places: Places, seq_len: int) -> None:
+def _report(trainer: RecoveryTrainer, config: FinetuneConfig, places: Places) -> None:
     """Our own lines, bar and checks instead of the Trainer's."""
     student = trainer.model
     for plain in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(plain)
-    tokens = config.windows_per_step * seq_len * parallel.count()
     kept = "" if places.checkpoints is None else f"; the last good state is kept in {places.checkpoints}"
     device, dtype = student.model.device, student.precision or student.model.dtype
     peak = measure_rates(device, dtype, student.config.hidden_size).matmul
-    pace = Pace(tokens, _token_flops(student, config), peak, parallel.count())
+    pace = Pace(lambda: trainer.computed, _token_flops(student, config), peak, parallel.count())
     callbacks: list[TrainerCallback] = [
         Progress(pace, device),
         Watch(trainer.args.save_steps, trainer.looks, kept, lambda: trainer.last),

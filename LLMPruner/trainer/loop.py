@@ -23,18 +23,25 @@ logger = logging.getLogger("LLMPruner")
 
 
 class Rows(torch.utils.data.Dataset):
-    """Windows with what is to be learned of them: labels, and the teacher's answers where they were drawn."""
+    """Windows with what is to be learned of them: labels, and the teacher's answers where they were drawn.
 
-    def __init__(self, rows: TrainingRows, answers: DrawnAnswers | None, offset: int = 0) -> None:
-        self.rows, self.answers, self.offset = rows, answers, offset
+    As many as a multiple of `multiple`, of the first window those that are too many, and of them nothing is learned: else
+    several processes, which take equally many batches of one size, would be given some windows twice.
+    """
+
+    def __init__(self, rows: TrainingRows, answers: DrawnAnswers | None, offset: int = 0, *, multiple: int = 1) -> None:
+        self.rows, self.answers, self.offset, self.multiple = rows, answers, offset, multiple
 
     def __len__(self) -> int:
-        return len(self.rows.windows)
+        return -(-len(self.rows.windows) // self.multiple) * self.multiple
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        blank = index >= len(self.rows.windows)
+        index = 0 if blank else index
         ids, learned = self.rows.windows[index], self.rows.targets[index]
         labels = torch.full_like(ids, IGNORED)
-        labels[:-1] = torch.where(learned[1:], ids[1:], IGNORED)
+        if not blank:
+            labels[:-1] = torch.where(learned[1:], ids[1:], IGNORED)
         return {"input_ids": ids, "labels": labels} | ({} if self.answers is None else self.answers[self.offset + index])
 
 
@@ -49,14 +56,17 @@ class RecoveryTrainer(Trainer):
     weights: Mapping[str, float]  # of the held-out parts in the loss that decides
     looks: int  # checkpoints from one look at held-out text to the next
     last: torch.Tensor  # the loss of the last batch
+    computed: int  # tokens of the training so far, of this process
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.computed = 0
         self.model_accepts_loss_kwargs = True  # the loss is divided by the step's tokens here, not by its batches
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, torch.Tensor]:
         """The batches of a step, and the tokens that all processes learn in it."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        self.computed += sum(batch["input_ids"].numel() for batch in batches)
         count = torch.stack([batch["labels"].ne(IGNORED).sum() for batch in batches]).sum() if batches else torch.zeros(())
         return batches, self.accelerator.reduce(count.to(device).float(), "sum")
 

@@ -22,9 +22,9 @@ ADVICE = "use LoRA (--use_lora --lora_target_attention --lora_target_mlp --lr 2e
 
 @dataclass(frozen=True)
 class Pace:
-    """What turns steps into figures: tokens of a step of all processes, FLOPs of a token, and this device's FLOPs a second."""
+    """What turns steps into figures: this process's tokens so far, FLOPs of a token, and this device's FLOPs a second."""
 
-    tokens: int
+    tokens: Callable[[], int]
     token_flops: float
     peak_flops: float
     processes: int = 1
@@ -35,12 +35,12 @@ class Progress(TrainerCallback):
 
     def __init__(self, pace: Pace, device: torch.device) -> None:
         self.pace, self.device = pace, str(device)
-        self.since, self.step = time.perf_counter(), 0
+        self.since, self.step, self.tokens = time.perf_counter(), 0, 0
         self.stopped = self.since  # when the last step was over: checks and checkpoints are not training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self.since, self.step = time.perf_counter(), state.global_step
+        self.since, self.step, self.tokens = time.perf_counter(), state.global_step, self.pace.tokens()
         self.stopped = self.since
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -56,10 +56,11 @@ class Progress(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         now, done = self.stopped, state.global_step - self.step
-        rate = done * self.pace.tokens / max(now - self.since, 1e-9)
+        tokens = self.pace.tokens()
+        rate = (tokens - self.tokens) * self.pace.processes / max(now - self.since, 1e-9)
         share = rate * self.pace.token_flops / (self.pace.peak_flops * self.pace.processes)
         left = (state.max_steps - state.global_step) * (now - self.since) / max(done, 1)
-        self.since, self.step = now, state.global_step
+        self.since, self.step, self.tokens = now, state.global_step, tokens
         logger.info(
             "step %d of %d  loss %.4f  lr %.2e  %s tokens/s (%.0f%% of peak)  %.1f GB  %s left",
             state.global_step,

@@ -14,7 +14,7 @@ from LLMPruner.data.windows import load_windows
 from LLMPruner.errors import RunError
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import find_model
-from LLMPruner.trainer import finetuner
+from LLMPruner.trainer import checkpoints, finetuner
 from LLMPruner.trainer.checkpoints import WHOLE, last_checkpoint
 from LLMPruner.trainer.finetuner import Places, finetune
 from LLMPruner.trainer.teacher import DrawnAnswers, draw_answers
@@ -70,7 +70,8 @@ def test_a_training_that_died_ends_as_one_that_did_not(trained_dir, text, tmp_pa
     monkeypatch.setattr(finetuner, "_report", report)
     again, resumed = train(trained_dir, text, tmp_path / "dead", config)
     assert again["curve"] == record["curve"] and again["held_out"] == record["held_out"]
-    assert again == record
+    done = (step - 1) // 4 * 4  # the last whole checkpoint
+    assert again | {"resumed_at": None} == record and again["resumed_at"] == (done or None)
     assert all(value.equal(resumed[name]) for name, value in weights.items())
 
 
@@ -81,6 +82,26 @@ def test_two_checkpoints_are_kept_and_a_torn_one_does_not_count(trained_dir, tex
     shutil.copytree(tmp_path / f"checkpoint-{STEPS}", tmp_path / "checkpoint-99")
     (tmp_path / "checkpoint-99" / WHOLE).unlink()
     assert last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{STEPS}" and not (tmp_path / "checkpoint-99").exists()
+
+
+@pytest.mark.parametrize(("best", "left"), [(1, [1, 4]), (4, [3, 4]), (None, [3, 4])])
+def test_a_death_while_old_checkpoints_go_leaves_the_best_and_the_last(tmp_path, monkeypatch, best, left):
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / WHOLE).touch()
+    path = None if best is None else str(tmp_path / f"checkpoint-{best}")
+
+    def dies(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints.shutil, "rmtree", dies)
+        checkpoints._remove_old(tmp_path, path)
+    torn = [folder for folder in tmp_path.iterdir() if not (folder / WHOLE).exists()]
+    assert len(torn) == 1 and torn[0].name not in {f"checkpoint-{step}" for step in left}
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4" and not torn[0].exists()
+    checkpoints._remove_old(tmp_path, path)
+    assert sorted(int(folder.name[-1]) for folder in tmp_path.iterdir()) == left
 
 
 def test_the_checkpoint_of_another_model_is_refused(trained_dir, text, tmp_path):
@@ -97,12 +118,13 @@ def test_looks_at_held_out_text_take_no_more_than_a_fifth_of_a_training():
         checkpoints = -(-steps // config.check_every(steps))
         looks = -(-checkpoints // config.look_every(windows, held_out))
         assert looks == 1 or looks * held_out / 3 <= windows * 3 / 5
+    assert all(-(-steps // config.check_every(steps)) <= 10 for steps in range(1, 2000))
     assert replace(config, check_steps=2).look_every(30, 100) == 1
 
 
 def test_a_short_training_is_looked_at_in_the_end_and_its_checkpoints_stay(trained_dir, text, tmp_path):
     record, _ = train(trained_dir, text, tmp_path, replace(LORA, epochs=1, grad_accum=1))
-    assert [row["step"] for row in record["held_out"]] == [6, 12] and record["steps"] == 12
+    assert [row["step"] for row in record["held_out"]] == [0, 6, 12] and record["steps"] == 12
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
 

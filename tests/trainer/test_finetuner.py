@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ import torch
 from conftest import each_architecture, geometry_of, half_pruned, plain_text, random_plan, random_windows, tiny_model
 from transformers import AutoModelForCausalLM
 
-from LLMPruner.data.windows import load_windows
+from LLMPruner.data.training import TrainingRows
+from LLMPruner.data.windows import IGNORED, load_windows
 from LLMPruner.errors import RunError
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.export.hf import write_hf
@@ -26,6 +28,7 @@ from LLMPruner.model.source import find_model
 from LLMPruner.trainer import arguments, finetuner, progress, trained
 from LLMPruner.trainer.batch import Batch
 from LLMPruner.trainer.finetuner import finetune
+from LLMPruner.trainer.loop import Rows
 from LLMPruner.trainer.loss import Student
 from LLMPruner.training_config import FinetuneConfig, LoraConfig
 
@@ -285,7 +288,7 @@ def test_every_setting_reaches_the_trainer_and_peft():
     assert (made.learning_rate, made.num_train_epochs, made.per_device_train_batch_size) == (3e-4, 5, 14)
     assert (made.gradient_accumulation_steps, made.max_grad_norm, made.weight_decay) == (3, 0.5, 0.03)
     assert (made.seed, made.data_seed, made.warmup_steps) == (11, 11, 1)
-    assert made.report_to == [] and made.save_total_limit == 2 and made.logging_nan_inf_filter is False
+    assert made.report_to == [] and made.save_total_limit is None and made.logging_nan_inf_filter is False
     assert values["optim"] == "adamw_torch_fused"
     assert arguments_of(replace(config, optimizer="adamw_8bit"))["optim"] == "adamw_bnb_8bit"
     with trained.adapters(tiny_model(), LLAMA, lora, 0) as adapted:
@@ -358,3 +361,27 @@ def test_a_step_is_the_same_however_many_windows_are_computed_at_once(trained_di
     for curve, found in results[1:]:
         assert curve == pytest.approx(np.array(results[0][0]), rel=1e-5)
         torch.testing.assert_close(found, results[0][1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_precision_is_not_the_launchers(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    made = arguments.training_arguments(arguments_of(LORA), torch.device("cpu"))
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no" and getattr(made, "mixed_precision", "no") == "no"
+
+
+def test_windows_are_filled_up_for_several_processes_with_some_of_which_nothing_is_learned():
+    windows = random_windows(5, 16)
+    rows = TrainingRows.plain(windows)
+    assert len(Rows(rows, None)) == 5 and len(Rows(rows, None, multiple=5)) == 5
+    filled = Rows(rows, None, multiple=4)
+    assert len(filled) == 8
+    learned = [int(filled[index]["labels"].ne(IGNORED).sum()) for index in range(8)]
+    assert learned == [windows.shape[1] - 1] * 5 + [0] * 3 and filled[7]["input_ids"].equal(windows[0])
+
+
+def test_a_training_that_made_the_model_worse_says_so(pruned, windows, caplog):
+    text = plain_text(windows("train", 48), {"wikitext2": windows("test", 8)})
+    record = finetune(pruned, replace(LORA, lr=1.0, max_grad_norm=0.0), text, seed=0)
+    first, last = record["held_out"][0], record["held_out"][-1]
+    assert first["step"] == 0 and first["eval_loss"] < last["eval_loss"]
+    assert "better on held-out text than the model before training" in caplog.text
