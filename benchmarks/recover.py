@@ -184,7 +184,7 @@ def recipe(argv: Sequence[str]) -> None:
 def seconds(args: argparse.Namespace, way: str) -> float | None:
     """Of a way's training, as its metrics say; None where it was cut off, for they know what came after alone."""
     metrics = read_json_file(Path(args.output, PRUNED.parent, way, "metrics.json"), way)
-    if metrics["training"]["resumed_at"] is not None:
+    if metrics["training"].get("resumed_at") is not None:
         return None
     return sum(stage["seconds"] for stage in metrics["stages"] if stage["stage"] in ("teach", "train"))
 
