@@ -130,7 +130,7 @@ class FinetuneConfig:
     def check_every(self, steps: int) -> int:
         """Steps between checkpoints of a training of `steps`: by default `CHECKS` at most, each with a line due anyway."""
         every = self.log_every(steps)
-        return self.check_steps or every * math.ceil(steps / every / CHECKS)
+        return self.check_steps or every * math.ceil(steps / (every * CHECKS))
 
     def look_every(self, windows: int, held_out: int) -> int:
         """Checkpoints from one look at so many held-out windows to the next, of a training on `windows`.

@@ -24,7 +24,7 @@ from LLMPruner.config import CommonConfig
 from LLMPruner.data.corpora import check_corpus
 from LLMPruner.data.mixture import SELF, check_mixture, windows_by_part
 from LLMPruner.errors import RunError, UsageError
-from LLMPruner.files import check_output_folder, read_json_file, write_atomically, write_json
+from LLMPruner.files import check_output_folder, existing_path, read_json_file, write_atomically, write_json
 from LLMPruner.stages.teaching import SELF_TEXT
 from LLMPruner.training_config import FinetuneConfig
 
@@ -35,7 +35,7 @@ WAYS = {  # flags of test_finetuning.py; who has a teacher reads --dataset, the 
     "lora": ["--use_lora"],
 }
 PRUNED = Path("prune_log/pruned")
-CAMPAIGN, PRUNE = "campaign.json", "llama3_unbalanced_pruning_gqa_aware.py"
+PRUNE = "llama3_unbalanced_pruning_gqa_aware.py"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,17 +73,20 @@ def local(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
-def same_campaign(args: argparse.Namespace, output: Path) -> None:
-    """Write down what the campaign is. Raises UsageError where the folder has another one, whose figures would be taken."""
+def same_campaign(args: argparse.Namespace) -> None:
+    """Write down what the campaign is. Raises UsageError where the folder has another one, whose figures would be taken, and
+    where a new one cannot be."""
     asked = {name: value for name, value in vars(args).items() if name not in ("output", "ways")}
-    path = output / CAMPAIGN
+    path = args.output / "campaign.json"
     if path.is_file():
         before = read_json_file(path, "--output: the campaign")
         for name in asked:
             if before.get(name) != asked[name]:
                 was = f"was {before.get(name)!r}, is {asked[name]!r}"
-                raise UsageError(f"--output {output} has a campaign whose --{name} {was}: choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
+                raise UsageError(f"--output {args.output} has a campaign whose --{name} {was}: choose another folder")
+    else:
+        check_pruning(args)
+    args.output.mkdir(parents=True, exist_ok=True)
     write_json(path, asked)
 
 
@@ -114,7 +117,7 @@ def check_pruning(args: argparse.Namespace) -> None:
 
 def once(args: argparse.Namespace, folder: Path, journal: str, script: str, *flags: str) -> None:
     """Run a script unless its journal below `folder` says that it is finished; go on where it stopped. Raises RunError."""
-    place = Path(args.output, folder, journal)
+    place = args.output / folder / journal
     if place.is_file():
         if "finished" in read_json_file(place, str(place))["done"]:
             return
@@ -143,7 +146,7 @@ def call(args: argparse.Namespace, script: str, *flags: str) -> None:
         raise RunError(f"{script} ended with {code}: repeat the same command to go on")
 
 
-def run(folder: str, script: str, *flags: str) -> int:
+def run(folder: str | Path, script: str, *flags: str) -> int:
     """The exit code of a script of the suite, run in `folder`."""
     return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=folder, check=False).returncode
 
@@ -154,14 +157,11 @@ def recipe(argv: Sequence[str]) -> None:
     args.base_model, args.corpus = local(args.base_model), local(args.corpus)
     args.eval_datasets = [local(name) for name in args.eval_datasets]
     args.dataset = [local(entry) for entry in args.dataset or (f"{args.corpus}:0.5", f"{SELF}:0.5")]
-    output = check_output_folder(args.output, "--output")
-    args.output = str(output)
+    args.output = check_output_folder(args.output, "--output")
     if args.data_dir is not None:
-        args.data_dir = str(Path(args.data_dir).expanduser().resolve())
+        args.data_dir = str(existing_path(args.data_dir, "--data_dir").resolve())
     text = check_text(args)
-    if not (output / CAMPAIGN).is_file():
-        check_pruning(args)
-    same_campaign(args, output)
+    same_campaign(args)
     once(args, PRUNED, "journal.json", PRUNE, *pruning(args))
     models = [f"dense={args.base_model}", f"pruned={PRUNED / 'pytorch_model.bin'}"]
     for way in args.ways:
@@ -169,13 +169,13 @@ def recipe(argv: Sequence[str]) -> None:
         flags += ["--samples", str(args.samples), "--epochs", str(args.epochs), "--seq_len", str(args.seq_len)]
         flags += ["--dataset", *(args.dataset if "--distill" in flags else [args.corpus])]
         if "--distill" in flags and SELF in text:
-            share_text(output / PRUNED.parent, way)
+            share_text(args.output / PRUNED.parent, way)
         once(args, PRUNED.parent / way, "journal_finetune.json", "test_finetuning.py", *flags)
         models.append(f"{way}={PRUNED.parent / way / 'pytorch_model_finetuned.bin'}")
     compare = ["--models", *models, "--baseline", "dense"]
     compare += ["--seq_len", str(args.seq_len), "--eval_datasets", *args.eval_datasets]
     compare += ["--eval_samples", str(args.eval_samples), "--save_results", "results.json", "--table_lang", "en"]
-    compare += ["--resume"] if (output / "results.json").is_file() else []
+    compare += ["--resume"] if (args.output / "results.json").is_file() else []
     compare += [] if args.data_dir is None else ["--data_dir", args.data_dir]
     call(args, "evaluate_models.py", *compare, "--device", args.device)
     print(json.dumps({way: seconds(args, way) for way in args.ways}))
@@ -183,7 +183,7 @@ def recipe(argv: Sequence[str]) -> None:
 
 def seconds(args: argparse.Namespace, way: str) -> float | None:
     """Of a way's training, as its metrics say; None where it was cut off, for they know what came after alone."""
-    metrics = read_json_file(Path(args.output, PRUNED.parent, way, "metrics.json"), way)
+    metrics = read_json_file(args.output / PRUNED.parent / way / "metrics.json", way)
     if metrics["training"].get("resumed_at") is not None:
         return None
     return sum(stage["seconds"] for stage in metrics["stages"] if stage["stage"] in ("teach", "train"))

@@ -162,11 +162,11 @@ def disk_bytes(params: int, config: FinetuneConfig) -> int:
 
 
 def check_packages(config: FinetuneConfig, common: CommonConfig) -> None:
-    """Raise UsageError where a setting or the launcher needs what is not here."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # the launcher's own word
-        raise UsageError("a model split over devices (FSDP) is not trained here: launch with --multi_gpu, each with all of it")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise UsageError("DeepSpeed is not used here: launch with --multi_gpu, each process with a whole model")
+    """Raise UsageError where a setting or the launcher needs what is not here, or there are more processes than windows."""
+    for way in ("FSDP", "DeepSpeed"):
+        if os.environ.get(f"ACCELERATE_USE_{way.upper()}", "").lower() == "true":  # the launcher's own word
+            split = f"a model split over devices ({way})"
+            raise UsageError(f"{split} is not trained here: launch with --multi_gpu, each with all of it")
     if config.samples < parallel.count():
         raise UsageError(f"{parallel.count()} processes cannot share {config.prefix}samples {config.samples}: ask for more")
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
