@@ -242,18 +242,18 @@ def _evidence(
 
         def look(part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
             before = fetch(dense, part, runner.device)
-            seen = theirs = runner.observed(index, sublayer, before)
-            now, drift = before, 0
+            theirs = runner.observed(index, sublayer, before)
+            now, inputs, drift = before, theirs.inputs, 0
             if pruned is not dense:
                 now = fetch(pruned, part, runner.device)
-                seen = runner.observed(index, sublayer, now)
+                inputs = runner.entering(index, sublayer, now)
                 if not sublayer.wraps:  # else what is added to the stream is not what the projection gives
                     drift = before.float() - now.float()
             if not method.solves:
-                return theirs.after, seen.inputs, None
+                return theirs.after, inputs, None
             own, scales = theirs.outputs.float() - bias, token_scales(before, now, theirs.after)
             targets = torch.cat([own, own + drift], -1)  # (windows, seq_len, 2 * hidden)
-            return theirs.after, relative_to(scales, seen.inputs), relative_to(scales, targets)
+            return theirs.after, relative_to(scales, inputs), relative_to(scales, targets)
 
         for part, (after, inputs, targets) in runner.computed(*dense.shape[:2], look):
             answer[part], out = after, held[part].flatten()

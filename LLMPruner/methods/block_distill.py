@@ -10,6 +10,7 @@ the head) instead of its hidden states.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -29,6 +30,7 @@ BLOCK = 5
 RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
 LAST_RATE = 3e-4  # of the last block
 FLOOR = 0.01  # relative squared distance below which a token is near enough
+NEAR = math.log(2 * FLOOR)  # logarithm of FLOOR + distance, in the mean over the tokens, below which a block is
 STRIDE = 2  # of the last block, every so many tokens are compared: neighbours say much the same, and the head is what costs
 
 
@@ -45,7 +47,8 @@ def distill_block(
 ) -> torch.Tensor:
     """Train `layers`, in place, on the tokens that are not held out; keep the result where it is better on those that are.
 
-    A least-squares repair's last solution has seen these too, so the verdict errs towards what was healed.
+    A least-squares repair's last solution has seen these too, so the verdict errs towards what was healed. Layers that are
+    near enough to the dense model's as they are learn nothing.
 
     Args:
         inputs, outputs: hidden states `(n, seq_len, hidden)` of the pruned model before and after the layers.
@@ -56,10 +59,17 @@ def distill_block(
     Returns:
         What the layers now give, in place of `outputs`.
     """
+    before = _distance(runner, layers, outputs, targets, held_out)
+    if not _last(runner, layers) and before < NEAR:
+        logger.info("layers %d to %d are near enough: log distance to dense %.5f", layers[0], layers[-1], before)
+        return outputs
     with _float32(runner, layers, outputs_only=outputs_only) as weights, deterministic():
         _train(runner, layers, list(weights), inputs, targets, held_out, order)
     distilled = runner.layers(inputs, layers.start, layers.stop)
-    if _better(runner, layers, outputs, distilled, targets, held_out):
+    after = _distance(runner, layers, distilled, targets, held_out)
+    verdict, name = "" if after < before else ", not kept", "KL from" if _last(runner, layers) else "log distance to"
+    logger.info("layers %d to %d distilled: %s dense %.5f to %.5f%s", layers[0], layers[-1], name, before, after, verdict)
+    if after < before:  # not where it is NaN
         return distilled
     for weight, healed in weights.items():
         weight.data = healed
@@ -113,22 +123,6 @@ def _learning(runner: LayerRunner, layer: torch.nn.Module, *, outputs_only: bool
                 yield from getattr(layer, norm).parameters()
 
 
-def _better(
-    runner: LayerRunner,
-    layers: range,
-    outputs: torch.Tensor,
-    distilled: torch.Tensor,
-    targets: torch.Tensor,
-    held_out: torch.Tensor,
-) -> bool:
-    """Whether `distilled` is nearer than `outputs` to `targets` on the tokens held out; not where it is NaN."""
-    distance, name = (_divergence, "KL from") if _last(runner, layers) else (_distance, "log distance to")
-    before, after = (distance(runner, hidden, targets, held_out) for hidden in (outputs, distilled))
-    verdict = "" if after < before else ", not kept"
-    logger.info("layers %d to %d distilled: %s dense %.5f to %.5f%s", layers[0], layers[-1], name, before, after, verdict)
-    return after < before
-
-
 def _train(
     runner: LayerRunner,
     layers: range,
@@ -167,12 +161,6 @@ def _last(runner: LayerRunner, layers: range) -> bool:
     return layers.stop == runner.num_layers
 
 
-def _divergence(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
-    """KL(dense || model) over the tokens held out, every `STRIDE`th."""
-    seen = held_out.flatten().nonzero().flatten()[::STRIDE].to(hidden.device)
-    return runner.head.divergence(hidden.flatten(0, 1)[seen], targets.flatten(0, 1)[seen])
-
-
 def _log_distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Logarithm of each token's squared distance to its target, relative to that: the next norm divides by its length.
 
@@ -183,8 +171,12 @@ def _log_distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (FLOOR + (hidden.float() - targets).square().mean(-1) / scale).log()
 
 
-def _distance(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
-    """Mean of `_log_distances` over the tokens held out, batch by batch."""
+def _distance(runner: LayerRunner, layers: range, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
+    """How far `hidden`, after `layers`, is from `targets` on the tokens held out: the mean of `_log_distances`, batch by batch.
+    After the last layer it is KL(dense || model), every `STRIDE`th token."""
+    if _last(runner, layers):
+        seen = held_out.flatten().nonzero().flatten()[::STRIDE].to(hidden.device)
+        return runner.head.divergence(hidden.flatten(0, 1)[seen], targets.flatten(0, 1)[seen])
     total = 0.0
     for batch in runner.batches(*held_out.shape):
         ours, theirs = (fetch(states, batch, runner.device) for states in (hidden, targets))

@@ -13,8 +13,9 @@ BLOCK, STRIDE = 5, 2  # as block_distill.py, which imports torch: a test holds t
 def cost(setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int = 0, model_epochs: int = 0) -> Cost:
     """What slicing and healing costs, distillation of blocks included, as if every sublayer lost the same share.
 
-    Three streams pass each layer: the dense one, and the pruned one before and after its slicing. Rough: layers before the
-    first that loses something are cheaper; distillation of the whole model is that of a single large block.
+    Three streams pass each layer: the dense one, and the pruned one before its slicing, without the output products, and
+    after. Rough: layers before the first that loses something are cheaper, and a block that is near enough learns nothing;
+    distillation of the whole model is that of a single large block.
     """
     method, layers, tokens = REPAIRS[repair], setup.geometry.num_layers, setup.mine(windows) * seq_len
     written, name = layers * setup.layer_bytes(pruned=True), f"apply (repair {repair})"
@@ -23,6 +24,7 @@ def cost(setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int =
         return total
     work = setup.forward(2 * tokens, seq_len) + setup.forward(tokens, seq_len, pruned=True)
     columns, hidden, batch = setup.columns(pruned=False), setup.geometry.hidden_size, setup.batch(setup.mine(windows), seq_len)
+    work += Work(matmul=-2 * layers * tokens * hidden * sum(columns))
     work += Work(traffic=layers * tokens * (6 * setup.itemsize * sum(columns) + method.solves * 240 * hidden))
     device = setup.activations(batch) + batch * 4 * 8 * hidden
     if method.solves:

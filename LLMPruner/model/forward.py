@@ -141,6 +141,15 @@ class LayerRunner:
         with self.store.layer(index) as layer:
             return self._observed(layer, sublayer, batch)
 
+    @torch.no_grad()
+    def entering(self, index: int, sublayer: Sublayer, batch: torch.Tensor) -> torch.Tensor:
+        """What enters the output projection of a sublayer, `(n, seq_len, columns)`, of one batch; the product is left out."""
+        with self.store.layer(index) as layer:
+            projection = output_projection(layer, sublayer)
+            with _capture(projection) as calls, _nothing_from(projection):
+                self._after(layer, sublayer, batch)
+            return calls[0][0]
+
     def layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after layer `index`."""
         for sublayer in self.table.sublayers:
@@ -246,3 +255,13 @@ def _capture(projection: nn.Linear) -> Iterator[list[tuple[torch.Tensor, torch.T
         yield calls
     finally:
         handle.remove()
+
+
+@contextmanager
+def _nothing_from(projection: nn.Linear) -> Iterator[None]:
+    """`projection` gives zeros, without a product, while the context is open."""
+    projection.forward = lambda inputs: inputs.new_zeros(()).expand(*inputs.shape[:-1], projection.out_features)
+    try:
+        yield
+    finally:
+        del projection.forward

@@ -202,6 +202,26 @@ def test_what_is_observed_is_what_the_output_projection_took_and_gave(changes, n
 
 
 @each_architecture
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_what_enters_the_output_projection_is_had_without_its_product(changes, name, monkeypatch):
+    model = tiny_model(**changes)
+    runner = LayerRunner.of(model)
+    sublayer, batch = runner.table.sublayer(name), runner.embed(WINDOWS)
+    expected, after = runner.observed(1, sublayer, batch).inputs, runner.sublayer(1, sublayer, batch)
+    projection = getattr(getattr(model.model.layers[1], sublayer.attribute), sublayer.output.name)
+    product, products = torch.nn.functional.linear, []
+
+    def counted(inputs, weight, *others):
+        products.append(weight is projection.weight)
+        return product(inputs, weight, *others)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    assert torch.equal(runner.entering(1, sublayer, batch), expected)
+    assert products and not any(products)
+    assert torch.equal(runner.sublayer(1, sublayer, batch), after)  # and the projection is what it was
+
+
+@each_architecture
 def test_gate_gradients_equal_a_plain_backward_pass(changes):
     expected = naive_gates(tiny_model(**changes), WINDOWS)
     for got, wanted in zip(gathered_gates(LayerRunner.of(tiny_model(**changes)), WINDOWS), expected, strict=True):
