@@ -118,8 +118,8 @@ PRESETS: dict[str, dict[str, str | int]] = {
     "seed": {"importance": "taylor", "pruning_strategy": "inverse", "repair": "none"},
     "llm-pruner": {"importance": "taylor", "pruning_strategy": "uniform", "repair": "none"},
     "wanda-sp": {"importance": "wanda", "pruning_strategy": "uniform", "repair": "none"},
-    "flap": {"importance": "flap", "pruning_strategy": "global", "repair": "bias"},
-    "osscar": {"importance": "obs", "pruning_strategy": "uniform", "repair": "least_squares"},
+    "flap": {"importance": "flap", "pruning_strategy": "global", "repair": "bias", "repair_samples": 32},
+    "osscar": {"importance": "obs", "pruning_strategy": "uniform", "repair": "least_squares", "repair_samples": 32},
     "best": {
         "importance": "taylor",
         "pruning_strategy": "search",
@@ -129,6 +129,10 @@ PRESETS: dict[str, dict[str, str | int]] = {
         "distill_epochs": 2,
     },
 }
+
+
+# What units are worth shows on less text than what weights are best: a repair has hundreds of thousands of them to fit.
+REPAIR_SHARE = 3
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,9 @@ class PruneConfig:
     importance: str = setting("taylor", "how KV groups and channels are scored", "units and repair")
     repair: str = setting("least_squares", "how what is left is healed")
     channel_importance_samples: int = setting(32, "calibration windows for unit scores")
-    repair_samples: int | None = setting(None, "calibration windows for the repair; default: as for the unit scores")
+    repair_samples: int | None = setting(
+        None, f"calibration windows for the repair; default: {REPAIR_SHARE} times as many as for the unit scores"
+    )
     self_samples: int = setting(0, "windows that the dense model writes itself, added to those of the repair, if any")
     distill_epochs: int = setting(0, "passes of blockwise distillation on the repair's windows, if any")
     distill_model_epochs: int = setting(0, "passes of distillation through the whole model after that, on the same windows")
@@ -215,7 +221,7 @@ class PruneConfig:
     @property
     def repair_windows(self) -> int:
         """Calibration windows for the repair."""
-        return self.repair_samples or self.channel_importance_samples
+        return self.repair_samples or REPAIR_SHARE * self.channel_importance_samples
 
     @property
     def search_seq_len(self) -> int:

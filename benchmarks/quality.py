@@ -50,12 +50,12 @@ from LLMPruner.stages.job import PruneJob
 
 CORPORA = ("wikitext2", "ptb", "news")
 PLOT_TOP = 1000  # perplexity
-# `best-solved` repairs in closed form alone; `best-32` so on as few windows as the other rows, the same tokens for all.
+# `best-solved` repairs in closed form alone; `best-32` so on as few windows as published methods.
 SETTINGS = {
     "default": {},
     **PRESETS,
     "best-solved": PRESETS["best"] | {"distill_epochs": 0},
-    "best-32": PRESETS["best"] | {"repair_samples": None, "self_samples": 0, "distill_epochs": 0},
+    "best-32": PRESETS["best"] | {"repair_samples": 32, "self_samples": 0, "distill_epochs": 0},
 }
 
 

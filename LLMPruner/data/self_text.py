@@ -85,8 +85,20 @@ def _continued(
     cache.layer_class_to_replicate = partial(_BufferedLayer, seq_len)
     for _ in range(seq_len - 1):
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
-        chances = output.logits[:, -1, :vocabulary].float().softmax(-1)
-        token = torch.multinomial(chances, 1, generator=generator)
+        token = _drawn(output.logits[:, -1, :vocabulary].float().softmax(-1), generator)
         text = torch.cat([text, token], 1)
         progress.update(len(token))
     return text
+
+
+def _drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One token `(n, 1)` for each row of `chances` `(n, vocabulary)`.
+
+    On a CPU by the inverse of their sums, with one random number: multinomial draws one for every token of the vocabulary
+    there, a fifth of the time of writing.
+    """
+    if chances.device.type != "cpu":  # whose running sums depend on the order that threads finish in
+        return torch.multinomial(chances, 1, generator=generator)
+    sums = chances.double().cumsum(-1)
+    wanted = torch.rand(len(chances), 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
+    return torch.searchsorted(sums, wanted, right=True).clamp_max(chances.shape[1] - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -50,12 +51,30 @@ class Head:
         The reference goes through `head`; None: through this model's, which no pruning changes, but a fine-tuning may.
         Log-probabilities of a few tokens are alive at a time.
         """
+        return self._mean_divergence(hidden, reference, lambda rows: (head or self)._log_probs(rows))
+
+    @torch.no_grad()
+    def divergence_from(self, hidden: torch.Tensor, log_probs: torch.Tensor) -> float:
+        """`divergence` from a reference whose `log_probs` `(n, seq_len, vocabulary)` are known."""
+        return self._mean_divergence(hidden, log_probs, lambda rows: rows.to(self.store.device))
+
+    @torch.no_grad()
+    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token log-probabilities of all tokens of last hidden states, float32 `(n, seq_len, vocabulary)`."""
+        rows = hidden.flatten(0, -2)
+        found = torch.cat([self._log_probs(chunk) for chunk, _ in self._chunks(rows, rows)])
+        return found.view(*hidden.shape[:-1], -1)
+
+    def _mean_divergence(
+        self, hidden: torch.Tensor, reference: torch.Tensor, theirs: Callable[[torch.Tensor], torch.Tensor]
+    ) -> float:
         chunks = self._chunks(hidden.flatten(0, -2), reference.flatten(0, -2))
-        return sum(self._summed_divergence(*chunk, head).item() for chunk in chunks) / hidden.shape[:-1].numel()
+        return sum(self._summed_divergence(*chunk, theirs).item() for chunk in chunks) / hidden.shape[:-1].numel()
 
     def divergence_gradient(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """The gradient of `divergence` with respect to `hidden` `(tokens, hidden)`."""
-        return _gradient(self._chunks(hidden, reference), self._summed_divergence) / len(hidden)
+        summed = partial(self._summed_divergence, theirs=self._log_probs)
+        return _gradient(self._chunks(hidden, reference), summed) / len(hidden)
 
     def loss_gradient(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """d(summed loss)/d(last hidden states)."""
@@ -66,11 +85,13 @@ class Head:
         result[:, :-1] = gradient.view(hidden[:, :-1].shape)
         return result
 
-    def _summed_divergence(self, rows: torch.Tensor, reference: torch.Tensor, head: Head | None = None) -> torch.Tensor:
-        """Summed KL(reference || model) of last hidden states `(tokens, hidden)`."""
+    def _summed_divergence(
+        self, rows: torch.Tensor, reference: torch.Tensor, theirs: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Summed KL(reference || model) of hidden states `(tokens, hidden)`; `theirs` gives its log-probabilities."""
         with torch.no_grad():
-            theirs = (head or self)._log_probs(reference)
-        return functional.kl_div(self._log_probs(rows), theirs, reduction="sum", log_target=True)
+            wanted = theirs(reference)
+        return functional.kl_div(self._log_probs(rows), wanted, reduction="sum", log_target=True)
 
     def _nll(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(self.store.head(rows).float(), targets, ignore_index=IGNORED, reduction="none")

@@ -53,6 +53,9 @@ def test_the_divergence_is_the_mean_over_tokens_and_nothing_from_itself():
     expected = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
     assert head.divergence(hidden, reference) == pytest.approx(expected, rel=1e-5) and expected > 0.01
     assert abs(head.divergence(hidden, hidden)) < 1e-6
+    known = head.log_probs(reference)
+    torch.testing.assert_close(known, theirs)
+    assert head.divergence_from(hidden, known) == head.divergence(hidden, reference), "to the last digit"
 
 
 def test_the_gradient_of_the_divergence_is_that_of_autograd():

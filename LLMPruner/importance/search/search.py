@@ -44,6 +44,7 @@ COST_ROUNDS = (1, 2)
 SHIFT = 1 / 6  # by this part of the levels that a sublayer may take a generation shifts it
 # As far as an offspring may go of these shifts, in whole levels: sublayers shifted together cost more than each alone.
 WIDTHS = (1 / 3, 2 / 3, 1.0)
+KNOWN = 1 << 29  # bytes that the dense model's answers may take; more are computed anew for every measure
 STRIDE = 4  # every so many positions of a window count: neighbours say much the same, and the head is what costs
 
 
@@ -61,7 +62,9 @@ class Fitness:
         self.halves = (slice(0, half), slice(half, None)) if half else (slice(None),)
         self.levels = [0] * len(database.sublayers)
         self._hidden = self.runner.prefixes(windows)
-        self._dense = self._hidden[-1]
+        self._dense, self._distance = self._hidden[-1][:, ::STRIDE], self.runner.head.divergence
+        if known_bytes(self._dense.shape[:-1].numel(), database.geometry.vocab_size):
+            self._dense, self._distance = self.runner.head.log_probs(self._dense), self.runner.head.divergence_from
 
     def adopt(self, levels: Sequence[int]) -> float:
         """Cache the prefixes of `levels`; returns its KL."""
@@ -93,7 +96,13 @@ class Fitness:
         return self.halves[generation % len(self.halves)]
 
     def _divergence(self, last: torch.Tensor, part: slice = slice(None)) -> float:
-        return self.runner.head.divergence(last[:, ::STRIDE], self._dense[part, ::STRIDE])
+        return self._distance(last[:, ::STRIDE], self._dense[part])
+
+
+def known_bytes(tokens: int, vocabulary: int) -> int:
+    """Bytes of the dense model's log-probabilities for so many tokens; 0 where they are too many to be kept."""
+    needed = 4 * tokens * vocabulary
+    return needed if needed <= KNOWN else 0
 
 
 def prepare(
@@ -285,6 +294,7 @@ def cost(setup: Setup, config: PruneConfig, sublayers: int) -> Cost:
     ]
     work += sum(healed, start=Work()) * (sublayers * (1 + config.search_generations))
     device = 2 * layers * hidden * sum(setup.columns(pruned=True)) * setup.itemsize + 12 * max(columns) ** 2
+    device += known_bytes(tokens // STRIDE, setup.geometry.vocab_size)
     host = 2 * layers * sum(width**2 for width in columns)
     kept = setup.hidden(tokens, 2 * (layers + 1))
     return Cost("search", work, device, kept, host, head=True, most=config.search_seconds)

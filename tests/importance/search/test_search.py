@@ -293,6 +293,26 @@ def test_only_levels_within_the_limits_are_measured():
 
 
 def test_a_cost_that_is_not_finite_names_its_sublayer(monkeypatch):
-    monkeypatch.setattr(Head, "divergence", lambda *_: math.nan)
+    monkeypatch.setattr(Head, "_mean_divergence", lambda *_: math.nan)
     with pytest.raises(RunError, match="layer 0's attention is nan"):
         run(tiny_model(), request())
+
+
+def test_what_is_known_of_the_dense_model_is_computed_once_where_it_fits(monkeypatch):
+    """And measures the same KL, to the last digit, as where it is computed for every measure."""
+    config, found, answered = request(), [], []
+    original = Head._log_probs
+
+    def counted(head, rows):
+        answered.append(len(rows))
+        return original(head, rows)
+
+    monkeypatch.setattr(Head, "_log_probs", counted)
+    for known in (search_module.KNOWN, 0):
+        monkeypatch.setattr(search_module, "KNOWN", known)
+        model = tiny_model()
+        fitness = prepare(LayerRunner.of(model), make_budget(geometry_of(model), config), config, CALIBRATION, HELD_OUT, seed=0)
+        answered.clear()
+        found.append([fitness.alone(which, 1, fitness.some) for which in (0, 3)] + [fitness.adopt([1] * len(fitness.levels))])
+        found.append(sum(answered))
+    assert found[0] == found[2] and 2 * found[1] == found[3]
