@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,25 +14,14 @@ from tqdm import tqdm
 from LLMPruner import parallel
 from LLMPruner.data.windows import held_out_tokens
 from LLMPruner.families.family import Sublayer
-from LLMPruner.families.slicing import output_columns, output_projection, slice_sublayer
-from LLMPruner.methods.block_distill import BLOCK, distill_block, training_order
-from LLMPruner.methods.moments import Moments, relative_to, token_scales
-from LLMPruner.methods.repair import REPAIRS, Evidence, Healed, Repair
+from LLMPruner.families.slicing import output_projection, slice_sublayer
+from LLMPruner.methods.block_distill import BLOCK, distill_block, near_enough, training_order
+from LLMPruner.methods.evidence import Streams, entering_kept, gather_evidence
+from LLMPruner.methods.repair import REPAIRS, Healed, Repair
 from LLMPruner.model.forward import LayerRunner
-from LLMPruner.model.hidden import fetch
 from LLMPruner.plan import PruningPlan
 
 logger = logging.getLogger("LLMPruner")
-
-
-@dataclass
-class Streams:
-    """This process's calibration windows: hidden states `(n, seq_len, hidden)` in the dense and in the pruned model, and
-    which tokens `(n, seq_len)` are held out."""
-
-    dense: torch.Tensor
-    pruned: torch.Tensor
-    held_out: torch.Tensor
 
 
 @torch.no_grad()
@@ -59,14 +47,15 @@ def apply_plan(
     if method is None:
         distill_epochs = distill_model_epochs = 0
     taught = distill_model_epochs and _drifts(plan, layers)
-    last = [TAUGHT] * len(layers) if taught else list(_last_states(plan, distill_epochs))
-    if method is None or all(state in (None, _finished(runner, index)) for index, state in enumerate(last)):
+    blocks = list(_blocks(len(layers)))
+    last = TAUGHT if taught else _state(plan, blocks[-1], distill_epochs)  # of the last layer, which is changed last
+    if method is None or not _drifts(plan, layers) or _finished(runner, layers[-1]) == last:
         for index in layers:
             _slice_layer(runner, index, plan)
         return
     streams = _streams(runner, windows)
     learning = _Learning(streams.held_out, seed)
-    for block in _blocks(len(layers)):
+    for block in blocks:
         learns = _state(plan, block, distill_epochs) == DISTILLED
         entering = streams.pruned if learns else None  # one stream is gigabytes: none is held without need
         for index in tqdm(block, desc=f"apply {block[0]} to {block[-1]}", disable=parallel.quiet(), leave=False):
@@ -85,13 +74,6 @@ def _state(plan: PruningPlan, layers: range, epochs: int) -> str:
     """What is done to a block of layers: it learns where something of it is left, and something up to its end is not."""
     left = any(plan.counts(part.name)[index] for index in layers for part in plan.geometry.table.sublayers)
     return DISTILLED if epochs and left and _drifts(plan, layers) else HEALED
-
-
-def _last_states(plan: PruningPlan, epochs: int) -> Iterator[str | None]:
-    """What is done to each layer where the model as a whole does not learn; None: nothing."""
-    for block in _blocks(plan.geometry.num_layers):
-        state = _state(plan, block, epochs)
-        yield from (state if state == DISTILLED or _drifts(plan, range(index + 1)) else None for index in block)
 
 
 def _drifts(plan: PruningPlan, layers: range) -> bool:
@@ -123,10 +105,10 @@ class _Learning:
     ) -> None:
         """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them."""
         order = training_order(self.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
-        if all(_finished(runner, index) == state for index in layers):
+        targets = (streams.pruned, streams.dense, self.held_out)
+        if all(_finished(runner, index) == state for index in layers) or near_enough(runner, layers, *targets):
             return
         with runner.store.edited(layers, state):
-            targets = (streams.pruned, streams.dense, self.held_out)
             streams.pruned = distill_block(runner, layers, entering, *targets, order=order, **options)
 
 
@@ -145,7 +127,7 @@ def _blocks(num_layers: int) -> Iterator[range]:
 def _heal_layer(runner: LayerRunner, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:
     """Slice and heal a layer, or take it as a run that died left it, and move both streams past it."""
     if _finished(runner, index) is not None:
-        _pass_finished(runner, index, plan, streams)
+        _pass_finished(runner, index, plan, method, streams)
         return
     touched = _drifts(plan, range(index + 1))
     with runner.store.edited((index,), HEALED) if touched else nullcontext():
@@ -153,51 +135,73 @@ def _heal_layer(runner: LayerRunner, index: int, plan: PruningPlan, method: Repa
             _heal(runner, sublayer, index, plan, method, streams)
 
 
-def _pass_finished(runner: LayerRunner, index: int, plan: PruningPlan, streams: Streams) -> None:
-    """Put the finished layer in the place of the dense one once the dense stream is past it."""
+def _pass_finished(runner: LayerRunner, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:
+    """Put the finished layer in the place of the dense one once the dense stream is past it.
+
+    The pruned stream passes what was healed by the same products as then: to the same bits.
+    """
     answers, sublayers = [streams.dense], runner.table.sublayers
     for sublayer in sublayers:
         answers.append(runner.sublayer(index, sublayer, answers[-1]))
-    runner.store.restore(index, plan)
-    learned = _finished(runner, index) != HEALED  # then a layer that lost nothing may have changed too
-    for sublayer, answer in zip(sublayers, answers[1:], strict=True):
-        _pass(runner, sublayer, index, plan, streams, answer, changed=learned)
+    if _finished(runner, index) == HEALED:
+        weights = runner.store.finished.read(index)
+        for sublayer, answer in zip(sublayers, answers[1:], strict=True):
+            _pass_healed(runner, sublayer, index, plan, method, streams, answer, weights)
+        runner.store.restore(index, plan)
+    else:  # a layer that lost nothing has changed, too
+        runner.store.restore(index, plan)
+        streams.pruned, streams.dense = runner.layer(index, streams.pruned), answers[-1]
     logger.info("layer %2d is finished already", index)
 
 
-def _pass(
+def _pass_healed(
     runner: LayerRunner,
     sublayer: Sublayer,
     index: int,
     plan: PruningPlan,
+    method: Repair,
     streams: Streams,
     answer: torch.Tensor,
-    *,
-    changed: bool = False,
+    weights: dict[str, torch.Tensor],
 ) -> None:
-    """Move both streams past a pruned sublayer, the dense one to `answer`; as long as nothing was `changed` they are one."""
-    changed |= streams.pruned is not streams.dense
-    changed |= plan.counts(sublayer.name)[index] < plan.geometry.units(sublayer.name)
-    streams.pruned = runner.sublayer(index, sublayer, streams.pruned) if changed else answer
+    """Move both streams past a sublayer that is dense still, and whose finished layer has these `weights`."""
+    if _heals(sublayer, index, plan, method, streams):
+        name = f"{sublayer.attribute}.{sublayer.output.name}"
+        projection = (weights.get(f"{name}.{part}") for part in ("weight", "bias"))
+        projection = [value if value is None else value.to(runner.device) for value in projection]
+        entering = entering_kept(runner, sublayer, index, plan, streams.pruned)
+        streams.pruned = runner.joined(index, sublayer, streams.pruned, entering, *projection)
+    elif plan.layers[index].kept(sublayer.name):
+        same = streams.pruned is streams.dense
+        streams.pruned = answer if same else runner.sublayer(index, sublayer, streams.pruned)
     streams.dense = answer
+
+
+def _heals(sublayer: Sublayer, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> bool:
+    """Whether a sublayer gets other output weights: it loses something but not all, or the stream that reaches it drifted."""
+    kept, drifted = len(plan.layers[index].kept(sublayer.name)), streams.pruned is not streams.dense
+    return kept > 0 and (kept < plan.geometry.units(sublayer.name) or (drifted and method.solves))
 
 
 def _heal(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:
     """Slice and heal one sublayer, and move both streams past it, the dense one through the dense weights."""
-    kept, healed = plan.layers[index].kept(sublayer.name), None
-    whole, drifted = len(kept) == plan.geometry.units(sublayer.name), streams.pruned is not streams.dense
-    if kept and (not whole or (drifted and method.solves)):
-        evidence, answer = _evidence(runner, sublayer, index, plan, method, streams)
-        healed = method.heal(evidence)
-        del evidence  # gigabytes, before the streams move on
-    else:
-        answer = runner.sublayer(index, sublayer, streams.dense)
+    if not _heals(sublayer, index, plan, method, streams):
+        answer, same = runner.sublayer(index, sublayer, streams.dense), streams.pruned is streams.dense
+        _slice(runner, sublayer, index, plan)
+        whole = bool(plan.layers[index].kept(sublayer.name))
+        streams.pruned = answer if same and whole else runner.sublayer(index, sublayer, streams.pruned)
+        streams.dense = answer
+        return
+    evidence, answer, entering = gather_evidence(runner, sublayer, index, plan, method, streams)
+    healed = method.heal(evidence)
+    del evidence  # gigabytes, before the streams move on
     _slice(runner, sublayer, index, plan)
-    if healed is not None:
-        with runner.store.layer(index) as layer:
-            _assign(output_projection(layer, sublayer), healed)
-        logger.info("layer %2d %s healed: %s", index, sublayer.name, healed.choice)
-    _pass(runner, sublayer, index, plan, streams, answer)
+    with runner.store.layer(index) as layer:
+        projection = output_projection(layer, sublayer)
+        _assign(projection, healed)
+        streams.pruned = runner.joined(index, sublayer, streams.pruned, entering, projection.weight, projection.bias)
+    streams.dense = answer
+    logger.info("layer %2d %s healed: %s", index, sublayer.name, healed.choice)
 
 
 def _slice_layer(runner: LayerRunner, index: int, plan: PruningPlan) -> None:
@@ -221,47 +225,6 @@ def _slice(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPla
     if len(kept) < plan.geometry.units(sublayer.name):
         with runner.store.layer(index) as layer:
             slice_sublayer(layer, sublayer, kept, plan.geometry)
-
-
-def _evidence(
-    runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan, method: Repair, streams: Streams
-) -> tuple[Evidence, torch.Tensor]:
-    """What a repair may know of a dense sublayer, and the dense stream after it. Gathered batch by batch.
-
-    The target is what the projection itself gave on the dense stream, not the difference of the stream after and before: where
-    the stream is 64 times as long as what is added to it, a third of that difference is bfloat16's rounding.
-    """
-    columns = output_columns(sublayer, plan.layers[index].kept(sublayer.name), plan.geometry).to(runner.device)
-    dense, pruned, answer = streams.dense, streams.pruned, runner.home.empty_like(streams.dense)
-    held = streams.held_out.to(runner.device)
-    with runner.store.layer(index) as layer:
-        projection = output_projection(layer, sublayer)
-        chosen = columns if method.solves and len(columns) < projection.in_features else None
-        fit, held_out = (Moments(gram=method.solves, kept=chosen) for _ in range(2))
-        bias = 0 if projection.bias is None else projection.bias.float()
-
-        def look(part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-            before = fetch(dense, part, runner.device)
-            theirs = runner.observed(index, sublayer, before)
-            now, inputs, drift = before, theirs.inputs, 0
-            if pruned is not dense:
-                now = fetch(pruned, part, runner.device)
-                inputs = runner.entering(index, sublayer, now)
-                if not sublayer.wraps:  # else what is added to the stream is not what the projection gives
-                    drift = before.float() - now.float()
-            if not method.solves:
-                return theirs.after, inputs, None
-            own, scales = theirs.outputs.float() - bias, token_scales(before, now, theirs.after)
-            targets = torch.cat([own, own + drift], -1)  # (windows, seq_len, 2 * hidden)
-            return theirs.after, relative_to(scales, inputs), relative_to(scales, targets)
-
-        for part, (after, inputs, targets) in runner.computed(*dense.shape[:2], look):
-            answer[part], out = after, held[part].flatten()
-            for moments, tokens in ((fit, ~out), (held_out, out)):
-                wanted = None if targets is None else targets.flatten(0, 1)[tokens]
-                moments.add(inputs.flatten(0, 1)[tokens], targets=wanted)
-            del after, inputs, targets
-        return Evidence(projection.weight.detach(), columns, fit.pool(), held_out.pool()), answer
 
 
 def _assign(linear: nn.Linear, healed: Healed) -> None:

@@ -47,8 +47,7 @@ def distill_block(
 ) -> torch.Tensor:
     """Train `layers`, in place, on the tokens that are not held out; keep the result where it is better on those that are.
 
-    A least-squares repair's last solution has seen these too, so the verdict errs towards what was healed. Layers that are
-    near enough to the dense model's as they are learn nothing.
+    A least-squares repair's last solution has seen these too, so the verdict errs towards what was healed.
 
     Args:
         inputs, outputs: hidden states `(n, seq_len, hidden)` of the pruned model before and after the layers.
@@ -60,9 +59,6 @@ def distill_block(
         What the layers now give, in place of `outputs`.
     """
     before = _distance(runner, layers, outputs, targets, held_out)
-    if not _last(runner, layers) and before < NEAR:
-        logger.info("layers %d to %d are near enough: log distance to dense %.5f", layers[0], layers[-1], before)
-        return outputs
     with _float32(runner, layers, outputs_only=outputs_only) as weights, deterministic():
         _train(runner, layers, list(weights), inputs, targets, held_out, order)
     distilled = runner.layers(inputs, layers.start, layers.stop)
@@ -73,7 +69,18 @@ def distill_block(
         return distilled
     for weight, healed in weights.items():
         weight.data = healed
-    return outputs
+    return runner.layers(inputs, layers.start, layers.stop)  # as a resumed run has it, which is `outputs` but for rounding
+
+
+def near_enough(
+    runner: LayerRunner, layers: range, outputs: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor
+) -> bool:
+    """Whether `layers` need not learn, given what `distill_block` is: in the mean over the tokens held out, `outputs` lie so
+    near `targets` that the loss gives hardly anything for more. The last layers always learn."""
+    if _last(runner, layers) or (found := _distance(runner, layers, outputs, targets, held_out)) >= NEAR:
+        return False
+    logger.info("layers %d to %d are near enough: log distance to dense %.5f", layers[0], layers[-1], found)
+    return True
 
 
 def training_order(held_out: torch.Tensor, epochs: int, generator: torch.Generator) -> list[int]:

@@ -13,8 +13,8 @@ BLOCK, STRIDE = 5, 2  # as block_distill.py, which imports torch: a test holds t
 def cost(setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int = 0, model_epochs: int = 0) -> Cost:
     """What slicing and healing costs, distillation of blocks included, as if every sublayer lost the same share.
 
-    Three streams pass each layer: the dense one, and the pruned one before its slicing, without the output products, and
-    after. Rough: layers before the first that loses something are cheaper, and a block that is near enough learns nothing;
+    Two streams pass each layer, the dense one and the pruned one; what of this enters an output projection is kept for the
+    healed one. Rough: layers before the first that loses something are cheaper, and a block that is near enough learns nothing;
     distillation of the whole model is that of a single large block.
     """
     method, layers, tokens = REPAIRS[repair], setup.geometry.num_layers, setup.mine(windows) * seq_len
@@ -22,13 +22,14 @@ def cost(setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int =
     total = Cost(name, device=2 * setup.layer_bytes(), passes=1, written=written, temporary=written)
     if method is None:
         return total
-    work = setup.forward(2 * tokens, seq_len) + setup.forward(tokens, seq_len, pruned=True)
+    work = setup.forward(2 * tokens, seq_len)
     columns, hidden, batch = setup.columns(pruned=False), setup.geometry.hidden_size, setup.batch(setup.mine(windows), seq_len)
-    work += Work(matmul=-2 * layers * tokens * hidden * sum(columns))
+    left = setup.columns(pruned=True)
+    work += Work(matmul=2 * layers * tokens * hidden * (sum(left) - sum(columns)))
     work += Work(traffic=layers * tokens * (6 * setup.itemsize * sum(columns) + method.solves * 240 * hidden))
     device = setup.activations(batch) + batch * 4 * 8 * hidden
     if method.solves:
-        pairs = zip(columns, setup.columns(pruned=True), strict=True)
+        pairs = zip(columns, left, strict=True)
         solved = [solving(setup, width, kept, setup.mine(windows) * seq_len) for width, kept in pairs]
         work += sum((part for part, _ in solved), start=Work()) * layers
         device = max(device + min(needed for _, needed in solved), *(needed for _, needed in solved))
@@ -37,7 +38,8 @@ def cost(setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int =
         if times:
             learned, needed = distilling(setup, min(size, layers), tokens, seq_len, times)
             work, device, states, passes = work + learned, max(device, needed), 5, passes + 1
-    return replace(total, work=work, device=device, hidden=setup.hidden(tokens, states), passes=passes, head=epochs > 0)
+    hidden = setup.hidden(tokens, states) + tokens * max(left) * setup.itemsize
+    return replace(total, work=work, device=device, hidden=hidden, passes=passes, head=epochs > 0)
 
 
 def solving(setup: Setup, columns: int, kept: int, tokens: int) -> tuple[Work, int]:

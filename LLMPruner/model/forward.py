@@ -150,6 +150,30 @@ class LayerRunner:
                 self._after(layer, sublayer, batch)
             return calls[0][0]
 
+    @torch.no_grad()
+    def joined(
+        self,
+        index: int,
+        sublayer: Sublayer,
+        hidden: torch.Tensor,
+        entering: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Hidden states after a sublayer of layer `index` whose output projection, of `weight` `(hidden, k)` and `bias`, takes
+        `entering` `(n, seq_len, k)`: what comes before it is not computed again."""
+        with self.store.layer(index) as layer:
+
+            def step(part: slice) -> torch.Tensor:
+                output = nn.functional.linear(fetch(entering, part, self.device), weight, bias)
+                return _joined(layer, sublayer, fetch(hidden, part, self.device), output)
+
+            result = self.home.empty_like(hidden)
+            for part, after in self.computed(*hidden.shape[:2], step):
+                result[part] = after
+                del after
+            return result
+
     def layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after layer `index`."""
         for sublayer in self.table.sublayers:
@@ -241,9 +265,14 @@ class LayerRunner:
             output, _ = module(hidden_states=normed, position_embeddings=rotary, attention_mask=None, is_causal=True)
         else:
             output = module(normed)
-        for norm in sublayer.wraps:
-            output = getattr(layer, norm)(output)
-        return hidden + output
+        return _joined(layer, sublayer, hidden, output)
+
+
+def _joined(layer: nn.Module, sublayer: Sublayer, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The residual stream with a sublayer's output in it."""
+    for norm in sublayer.wraps:
+        output = getattr(layer, norm)(output)
+    return hidden + output
 
 
 @contextmanager

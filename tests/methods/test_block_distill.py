@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from LLMPruner.data.windows import load_windows
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.methods import apply, block_distill
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.methods.block_distill import FLOOR, _distance, _log_distances, distill_block, training_order
+from LLMPruner.methods.block_distill import FLOOR, _distance, _log_distances, distill_block, near_enough, training_order
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import find_model
@@ -114,7 +115,7 @@ def test_what_is_worse_on_windows_held_out_is_taken_back(dtype, layers, caplog):
     caplog.set_level(logging.INFO, "LLMPruner")
     runner, before, inputs, outputs, targets = taught(dtype, layers=layers)
     targets[3::4] = 1.2 * outputs[3::4]
-    assert distilled(runner, inputs, outputs, targets, layers=layers) is outputs
+    assert torch.equal(distilled(runner, inputs, outputs, targets, layers=layers), outputs)
     assert all(torch.equal(weight, before[name]) for name, weight in runner.store.model.named_parameters())
     assert "not kept" in caplog.text
 
@@ -128,18 +129,34 @@ def test_the_last_layers_are_judged_by_words_and_not_by_hidden_states():
         assert (far < near) == words
 
 
-@pytest.mark.parametrize("layers, learns", [(MIDDLE, False), (LAST, True)])
-def test_layers_that_are_near_enough_learn_nothing_but_the_last_ones_do(layers, learns, monkeypatch, caplog):
-    """Hidden states a tenth of a percent off are near enough; next-token distributions are learned all the same."""
+def test_layers_that_are_near_enough_need_not_learn_but_the_last_ones_do(caplog):
+    """A tenth of a percent of the squared length is near enough, two are not."""
     caplog.set_level(logging.INFO, "LLMPruner")
-    runner, _, inputs, outputs, _ = taught(layers=layers)
-    trained = []
-    monkeypatch.setattr(block_distill, "_train", lambda *args: trained.append(layers))
-    distilled(runner, inputs, outputs, outputs * (1 + 0.001**0.5), layers=layers)
-    assert bool(trained) == learns and ("near enough" in caplog.text) != learns
-    trained.clear()
-    distilled(runner, inputs, outputs, outputs * (1 + 0.02**0.5), layers=layers)  # 2% are not
-    assert trained
+    runner, _, _, outputs, _ = taught()
+    everything = torch.ones(CALIBRATION.shape, dtype=torch.bool)
+    found = {
+        (layers, off): near_enough(runner, layers, outputs, outputs * (1 + off**0.5), everything)
+        for layers in (MIDDLE, LAST)
+        for off in (0.001, 0.02)
+    }
+    assert [key for key, near in found.items() if near] == [(MIDDLE, 0.001)]
+    assert caplog.text.count("near enough") == 1
+
+
+def test_a_run_leaves_layers_that_are_near_enough_as_they_were_healed(monkeypatch):
+    trained, models = [], []
+    monkeypatch.setattr(
+        apply, "distill_block", lambda runner, layers, inputs, outputs, *_, **__: trained.append(layers) or outputs
+    )
+    for near in (-math.inf, math.inf):
+        monkeypatch.setattr(block_distill, "NEAR", near)
+        model = tiny_model()
+        monkeypatch.setattr(apply, "_blocks", lambda count: [range(0, 2), range(2, count)])
+        options = {"repair": "least_squares", "windows": CALIBRATION}
+        apply_plan(LayerRunner.of(model), halved(geometry_of(model)), distill_epochs=1, **options)
+        models.append(model)
+    assert trained == [range(0, 2), range(2, 4), range(2, 4)]
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
 def test_every_second_token_teaches_the_last_layers_its_words():
@@ -243,7 +260,7 @@ def test_layers_that_learned_nonsense_are_taken_back(caplog):
     caplog.set_level(logging.INFO, "LLMPruner")
     runner, before, inputs, outputs, targets = taught()
     targets[0] = torch.nan  # a window that teaches
-    assert distilled(runner, inputs, outputs, targets) is outputs
+    assert torch.equal(distilled(runner, inputs, outputs, targets), outputs)
     assert all(torch.equal(weight, before[name]) for name, weight in runner.store.model.named_parameters())
     assert "to nan, not kept" in caplog.text
 
@@ -291,6 +308,7 @@ def test_every_layer_is_distilled_once_between_what_reaches_it_and_what_the_dens
         return distill_block(runner, layers, inputs, outputs, targets, *args, **options)
 
     monkeypatch.setattr(apply, "BLOCK", 2)
+    monkeypatch.setattr(block_distill, "NEAR", -math.inf)
     monkeypatch.setattr(apply, "distill_block", watched)
     apply_plan(LayerRunner.of(model), plan, repair=repair, windows=CALIBRATION, distill_epochs=1)
     assert seen == [range(0, 2), range(2, 4)]
