@@ -132,7 +132,7 @@ PRESETS: dict[str, dict[str, str | int]] = {
 
 
 # What units are worth shows on less text than what weights are best: a repair has hundreds of thousands of them to fit.
-REPAIR_SHARE = 3
+REPAIR_SHARE = 2
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from LLMPruner import parallel
 from LLMPruner.data.windows import held_out_tokens
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import output_projection, slice_sublayer
-from LLMPruner.methods.block_distill import BLOCK, distill_block, near_enough, training_order
+from LLMPruner.methods.block_distill import BLOCK, distill_block, training_order
 from LLMPruner.methods.evidence import Streams, entering_kept, gather_evidence
 from LLMPruner.methods.repair import REPAIRS, Healed, Repair
 from LLMPruner.model.forward import LayerRunner
@@ -105,10 +105,10 @@ class _Learning:
     ) -> None:
         """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them."""
         order = training_order(self.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
-        targets = (streams.pruned, streams.dense, self.held_out)
-        if all(_finished(runner, index) == state for index in layers) or near_enough(runner, layers, *targets):
+        if all(_finished(runner, index) == state for index in layers):
             return
         with runner.store.edited(layers, state):
+            targets = (streams.pruned, streams.dense, self.held_out)
             streams.pruned = distill_block(runner, layers, entering, *targets, order=order, **options)
 
 

@@ -10,7 +10,6 @@ the head) instead of its hidden states.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -30,7 +29,6 @@ BLOCK = 5
 RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
 LAST_RATE = 3e-4  # of the last block
 FLOOR = 0.01  # relative squared distance below which a token is near enough
-NEAR = math.log(2 * FLOOR)  # logarithm of FLOOR + distance, in the mean over the tokens, below which a block is
 STRIDE = 2  # of the last block, every so many tokens are compared: neighbours say much the same, and the head is what costs
 
 
@@ -70,17 +68,6 @@ def distill_block(
     for weight, healed in weights.items():
         weight.data = healed
     return runner.layers(inputs, layers.start, layers.stop)  # as a resumed run has it, which is `outputs` but for rounding
-
-
-def near_enough(
-    runner: LayerRunner, layers: range, outputs: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor
-) -> bool:
-    """Whether `layers` need not learn, given what `distill_block` is: in the mean over the tokens held out, `outputs` lie so
-    near `targets` that the loss gives hardly anything for more. The last layers always learn."""
-    if _last(runner, layers) or (found := _distance(runner, layers, outputs, targets, held_out)) >= NEAR:
-        return False
-    logger.info("layers %d to %d are near enough: log distance to dense %.5f", layers[0], layers[-1], found)
-    return True
 
 
 def training_order(held_out: torch.Tensor, epochs: int, generator: torch.Generator) -> list[int]:

@@ -14,8 +14,8 @@ def cost(setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int =
     """What slicing and healing costs, distillation of blocks included, as if every sublayer lost the same share.
 
     Two streams pass each layer, the dense one and the pruned one; what of this enters an output projection is kept for the
-    healed one. Rough: layers before the first that loses something are cheaper, and a block that is near enough learns nothing;
-    distillation of the whole model is that of a single large block.
+    healed one. Rough: layers before the first that loses something are cheaper; distillation of the whole model is that of a
+    single large block.
     """
     method, layers, tokens = REPAIRS[repair], setup.geometry.num_layers, setup.mine(windows) * seq_len
     written, name = layers * setup.layer_bytes(pruned=True), f"apply (repair {repair})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import replace
 
 import pytest
@@ -12,9 +11,9 @@ from conftest import ARCHITECTURES, each_architecture, geometry_of, random_plan,
 
 from LLMPruner.data.windows import load_windows
 from LLMPruner.evaluator.ppl import perplexity
-from LLMPruner.methods import apply, block_distill
+from LLMPruner.methods import apply
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.methods.block_distill import FLOOR, _distance, _log_distances, distill_block, near_enough, training_order
+from LLMPruner.methods.block_distill import FLOOR, _distance, _log_distances, distill_block, training_order
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import find_model
@@ -127,36 +126,6 @@ def test_the_last_layers_are_judged_by_words_and_not_by_hidden_states():
     for layers, words in ((LAST, True), (MIDDLE, False)):
         far, near = (_distance(runner, layers, hidden, targets, everything) for hidden in (9 * targets, outputs))
         assert (far < near) == words
-
-
-def test_layers_that_are_near_enough_need_not_learn_but_the_last_ones_do(caplog):
-    """A tenth of a percent of the squared length is near enough, two are not."""
-    caplog.set_level(logging.INFO, "LLMPruner")
-    runner, _, _, outputs, _ = taught()
-    everything = torch.ones(CALIBRATION.shape, dtype=torch.bool)
-    found = {
-        (layers, off): near_enough(runner, layers, outputs, outputs * (1 + off**0.5), everything)
-        for layers in (MIDDLE, LAST)
-        for off in (0.001, 0.02)
-    }
-    assert [key for key, near in found.items() if near] == [(MIDDLE, 0.001)]
-    assert caplog.text.count("near enough") == 1
-
-
-def test_a_run_leaves_layers_that_are_near_enough_as_they_were_healed(monkeypatch):
-    trained, models = [], []
-    monkeypatch.setattr(
-        apply, "distill_block", lambda runner, layers, inputs, outputs, *_, **__: trained.append(layers) or outputs
-    )
-    for near in (-math.inf, math.inf):
-        monkeypatch.setattr(block_distill, "NEAR", near)
-        model = tiny_model()
-        monkeypatch.setattr(apply, "_blocks", lambda count: [range(0, 2), range(2, count)])
-        options = {"repair": "least_squares", "windows": CALIBRATION}
-        apply_plan(LayerRunner.of(model), halved(geometry_of(model)), distill_epochs=1, **options)
-        models.append(model)
-    assert trained == [range(0, 2), range(2, 4), range(2, 4)]
-    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
 def test_every_second_token_teaches_the_last_layers_its_words():
@@ -308,7 +277,6 @@ def test_every_layer_is_distilled_once_between_what_reaches_it_and_what_the_dens
         return distill_block(runner, layers, inputs, outputs, targets, *args, **options)
 
     monkeypatch.setattr(apply, "BLOCK", 2)
-    monkeypatch.setattr(block_distill, "NEAR", -math.inf)
     monkeypatch.setattr(apply, "distill_block", watched)
     apply_plan(LayerRunner.of(model), plan, repair=repair, windows=CALIBRATION, distill_epochs=1)
     assert seen == [range(0, 2), range(2, 4)]

@@ -100,7 +100,7 @@ def test_windows_are_cut_for_the_stages_that_read_them_and_no_other(job, tokeniz
     everything = replace(job, prune=replace(SEARCH, freeze_top_n_layers=1, search_tokens=320), finetune=FINETUNE)
     windows = everything.windows(tokenizer)
     assert windows.layers.shape == (50, 32) and windows.calibration.shape == (32, 64)
-    assert windows.repair.shape == (96, 64), "three times as many"
+    assert windows.repair.shape == (64, 64), "twice as many"
     assert windows.held_out.shape == (3, 64)
     assert list(windows.evaluation) == ["wikitext2"] and windows.evaluation["wikitext2"].shape[1] == 64
     blind = replace(job, prune=BLIND).windows(tokenizer)
