@@ -69,7 +69,7 @@ def by_hand(job: PruneJob) -> LoadedModel:
     return loaded
 
 
-BEST = ["--preset=best", "--search_tokens=128", "--repair_samples=8", "--self_samples=3", "--distill_epochs=1"]
+BEST = ["--preset=best", "--search_tokens=128", "--repair_samples=16", "--self_samples=3", "--distill_epochs=1"]
 BEST += ["--distill_model_epochs=1", "--calibration_bos=on"]
 
 
