@@ -188,8 +188,8 @@ def _heal(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan
     if not _heals(sublayer, index, plan, method, streams):
         answer, same = runner.sublayer(index, sublayer, streams.dense), streams.pruned is streams.dense
         _slice(runner, sublayer, index, plan)
-        whole = bool(plan.layers[index].kept(sublayer.name))
-        streams.pruned = answer if same and whole else runner.sublayer(index, sublayer, streams.pruned)
+        left = plan.layers[index].kept(sublayer.name)  # all of it, or nothing
+        streams.pruned = answer if same and left else runner.sublayer(index, sublayer, streams.pruned)
         streams.dense = answer
         return
     evidence, answer, entering = gather_evidence(runner, sublayer, index, plan, method, streams)

@@ -11,7 +11,7 @@ from LLMPruner.errors import UsageError
 from LLMPruner.files import read_json_file, write_json
 from LLMPruner.importance.budget import Prunable
 
-STATE_FORMAT = 6  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
+STATE_FORMAT = 7  # raised whenever a cost or the fitness comes to mean something else: saved ones are not comparable then
 
 
 @dataclass
