@@ -171,7 +171,16 @@ def _pass_healed(
         projection = [value if value is None else value.to(runner.device) for value in projection]
         entering = entering_kept(runner, sublayer, index, plan, streams.pruned)
         streams.pruned = runner.joined(index, sublayer, streams.pruned, entering, *projection)
-    elif plan.layers[index].kept(sublayer.name):
+        streams.dense = answer
+    else:
+        _pass_unhealed(runner, sublayer, index, plan, streams, answer)
+
+
+def _pass_unhealed(
+    runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan, streams: Streams, answer: torch.Tensor
+) -> None:
+    """Move both streams past a sublayer that keeps its weights, or of which nothing is left, which changes no stream."""
+    if plan.layers[index].kept(sublayer.name):
         same = streams.pruned is streams.dense
         streams.pruned = answer if same else runner.sublayer(index, sublayer, streams.pruned)
     streams.dense = answer
@@ -186,11 +195,9 @@ def _heals(sublayer: Sublayer, index: int, plan: PruningPlan, method: Repair, st
 def _heal(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:
     """Slice and heal one sublayer, and move both streams past it, the dense one through the dense weights."""
     if not _heals(sublayer, index, plan, method, streams):
-        answer, same = runner.sublayer(index, sublayer, streams.dense), streams.pruned is streams.dense
+        answer = runner.sublayer(index, sublayer, streams.dense)
         _slice(runner, sublayer, index, plan)
-        left = plan.layers[index].kept(sublayer.name)  # all of it, or nothing
-        streams.pruned = answer if same and left else runner.sublayer(index, sublayer, streams.pruned)
-        streams.dense = answer
+        _pass_unhealed(runner, sublayer, index, plan, streams, answer)
         return
     evidence, answer, entering = gather_evidence(runner, sublayer, index, plan, method, streams)
     healed = method.heal(evidence)

@@ -70,8 +70,8 @@ def gather_evidence(
 def entering_kept(runner: LayerRunner, sublayer: Sublayer, index: int, plan: PruningPlan, hidden: torch.Tensor) -> torch.Tensor:
     """What enters the output projection of a dense sublayer in the columns that are kept, `(n, seq_len, k)`."""
     columns = output_columns(sublayer, plan.layers[index].kept(sublayer.name), plan.geometry).to(runner.device)
-    result = runner.home.empty((*hidden.shape[:2], len(columns)), hidden.dtype)
-    look = lambda part: runner.entering(index, sublayer, fetch(hidden, part, runner.device))  # noqa: E731
-    for part, inputs in runner.computed(*hidden.shape[:2], look):
-        result[part] = inputs[..., columns]
-    return result
+
+    def look(part: slice) -> torch.Tensor:
+        return runner.entering(index, sublayer, fetch(hidden, part, runner.device))[..., columns]
+
+    return runner.filled(runner.home.empty((*hidden.shape[:2], len(columns)), hidden.dtype), look)

@@ -98,6 +98,13 @@ class LayerRunner:
             del result  # before the next batch is computed
             start = part.stop
 
+    def filled(self, room: torch.Tensor, compute: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        """`room` `(n, seq_len, ...)` with what `compute` gives for each batch of windows in its place."""
+        for part, rows in self.computed(*room.shape[:2], compute):
+            room[part] = rows
+            del rows
+        return room
+
     def passes(self, count: int, seq_len: int) -> list[slice]:
         """Slices over this process's share of `count` windows that go through all layers together: those of a batch where the
         weights are at hand, all where they are read from disk, so that each layer is read once."""
@@ -168,11 +175,7 @@ class LayerRunner:
                 output = nn.functional.linear(fetch(entering, part, self.device), weight, bias)
                 return _joined(layer, sublayer, fetch(hidden, part, self.device), output)
 
-            result = self.home.empty_like(hidden)
-            for part, after in self.computed(*hidden.shape[:2], step):
-                result[part] = after
-                del after
-            return result
+            return self.filled(self.home.empty_like(hidden), step)
 
     def layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after layer `index`."""

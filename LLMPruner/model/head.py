@@ -51,7 +51,7 @@ class Head:
         The reference goes through `head`; None: through this model's, which no pruning changes, but a fine-tuning may.
         Log-probabilities of a few tokens are alive at a time.
         """
-        return self._mean_divergence(hidden, reference, lambda rows: (head or self)._log_probs(rows))
+        return self._mean_divergence(hidden, reference, (head or self)._log_probs)
 
     @torch.no_grad()
     def divergence_from(self, hidden: torch.Tensor, log_probs: torch.Tensor) -> float:
