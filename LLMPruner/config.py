@@ -160,7 +160,9 @@ class PruneConfig:
     freeze_top_n_layers: int = setting(0, "the N most important layers stay whole")
     layer_importance_file: str | None = None  # scores to re-use instead of analysing
 
-    search_generations: int = setting(2, "generations after the start, each a measured shift of every sublayer", "search")
+    search_generations: int | None = setting(
+        None, "generations after the start, each a measured shift of every sublayer; default: 2 on a GPU, 1 on a CPU", "search"
+    )
     search_tokens: int | None = setting(
         None, "held-out tokens that KL is measured on, half written by the dense model; default: 24576 on a GPU, 6144 on a CPU"
     )
@@ -205,9 +207,9 @@ class PruneConfig:
                 f"got {self.min_pruning_rate} and {self.max_pruning_rate}"
             )
         require_at_least("--freeze_top_n_layers", self.freeze_top_n_layers, 0)
-        require_at_least("--search_generations", self.search_generations, 0)
-        if self.search_tokens is not None:
-            require_at_least("--search_tokens", self.search_tokens, 2)
+        for name, minimum in (("search_generations", 0), ("search_tokens", 2)):
+            if getattr(self, name) is not None:
+                require_at_least("--" + name, getattr(self, name), minimum)
         if self.search_minutes is not None and not (math.isfinite(self.search_minutes) and self.search_minutes > 0):
             raise UsageError(f"--search_minutes must be a positive number, got {self.search_minutes}")
         if self.allow_sublayer_removal and self.pruning_strategy != "search":
@@ -229,10 +231,18 @@ class PruneConfig:
         return min(512, self.search_tokens or 512, self.calibration_seq_len)
 
     def sized(self, device: str) -> PruneConfig:
-        """The settings with what depends on the type of the device: a GPU measures a KL on four times as many tokens in no
-        more time, and plans chosen on them depend less on the seed."""
-        tokens = self.search_tokens or (6144 if device == "cpu" else 24576)
-        return replace(self, search_tokens=tokens)
+        """The settings with what depends on the type of the device.
+
+        A GPU measures a KL on four times as many tokens in no more time, and plans chosen on them depend less on the seed. On a
+        CPU a second generation takes a quarter of the search and found 0.7% less KL in one of three draws, nothing in two.
+        """
+        tokens, generations = (6144, 1) if device == "cpu" else (24576, 2)
+        asked = self.search_generations
+        return replace(
+            self,
+            search_tokens=self.search_tokens or tokens,
+            search_generations=generations if asked is None else asked,
+        )
 
     @property
     def search_windows(self) -> tuple[int, int]:

@@ -178,10 +178,13 @@ def test_the_searchs_windows_fit_the_model_and_make_up_its_tokens(tokens, longes
     assert tokens - config.search_seq_len < (cut + written) * config.search_seq_len <= tokens
 
 
-def test_the_searchs_tokens_follow_the_device_unless_they_are_given():
-    cpu, gpu = (PruneConfig().sized(device).search_tokens for device in ("cpu", "cuda"))
-    assert gpu == 4 * cpu and PruneConfig(search_tokens=100).sized("cuda").search_tokens == 100
-    assert PruneConfig(repair="none").sized("cpu") == PruneConfig(repair="none", search_tokens=cpu), "nothing else changes"
+def test_what_the_search_measures_follows_the_device_unless_it_is_given():
+    cpu, gpu = (PruneConfig().sized(device) for device in ("cpu", "cuda"))
+    assert gpu.search_tokens == 4 * cpu.search_tokens and gpu.search_generations == 2 * cpu.search_generations
+    asked = PruneConfig(search_tokens=100, search_generations=0)
+    assert asked.sized("cuda") == asked == asked.sized("cpu")
+    sizes = {"search_tokens": cpu.search_tokens, "search_generations": cpu.search_generations}
+    assert PruneConfig(repair="none").sized("cpu") == PruneConfig(repair="none", **sizes), "nothing else changes"
     assert (
         PruneConfig().search_seq_len == PruneConfig().sized("cpu").search_seq_len == PruneConfig().sized("cuda").search_seq_len
     )

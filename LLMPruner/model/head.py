@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch.nn import functional
@@ -68,49 +67,60 @@ class Head:
     def _mean_divergence(
         self, hidden: torch.Tensor, reference: torch.Tensor, theirs: Callable[[torch.Tensor], torch.Tensor]
     ) -> float:
-        chunks = self._chunks(hidden.flatten(0, -2), reference.flatten(0, -2))
-        return sum(self._summed_divergence(*chunk, theirs).item() for chunk in chunks) / hidden.shape[:-1].numel()
+        """`theirs` gives the reference's log-probabilities."""
+        total = 0.0
+        for rows, wanted in self._chunks(hidden.flatten(0, -2), reference.flatten(0, -2)):
+            total += functional.kl_div(self._log_probs(rows), theirs(wanted), reduction="sum", log_target=True).item()
+        return total / hidden.shape[:-1].numel()
 
     def divergence_gradient(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """The gradient of `divergence` with respect to `hidden` `(tokens, hidden)`."""
-        summed = partial(self._summed_divergence, theirs=self._log_probs)
-        return _gradient(self._chunks(hidden, reference), summed) / len(hidden)
+        """The gradient of `divergence` with respect to `hidden` `(tokens, hidden)`.
+
+        That with respect to the logits is the difference of the two distributions: no logarithm is taken, or gone back through.
+        """
+
+        def answers(rows: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self._logits(rows)
+            with torch.no_grad():
+                return logits, logits.softmax(-1).sub_(self._logits(wanted).softmax(-1))
+
+        return _gradient(self._chunks(hidden, reference), answers) / len(hidden)
 
     def loss_gradient(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """d(summed loss)/d(last hidden states)."""
         result = torch.zeros_like(hidden)
         targets = windows[:, 1:].to(hidden.device).flatten()
         chunks = self._chunks(hidden[:, :-1].flatten(0, 1), targets)
-        gradient = _gradient(chunks, lambda rows, wanted: self._nll(self.store.final_norm(rows), wanted).sum())
+        gradient = _gradient(chunks, lambda rows, wanted: (self._nll(self.store.final_norm(rows), wanted).sum(), None))
         result[:, :-1] = gradient.view(hidden[:, :-1].shape)
         return result
-
-    def _summed_divergence(
-        self, rows: torch.Tensor, reference: torch.Tensor, theirs: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        """Summed KL(reference || model) of hidden states `(tokens, hidden)`; `theirs` gives its log-probabilities."""
-        with torch.no_grad():
-            wanted = theirs(reference)
-        return functional.kl_div(self._log_probs(rows), wanted, reduction="sum", log_target=True)
 
     def _nll(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(self.store.head(rows).float(), targets, ignore_index=IGNORED, reduction="none")
 
     def _log_probs(self, rows: torch.Tensor) -> torch.Tensor:
-        """Next-token log-probabilities, float32, from the last hidden states, which may be wider than the model."""
+        """Next-token log-probabilities, float32, from the last hidden states."""
+        return self._logits(rows).log_softmax(-1)
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits, float32, from the last hidden states, which may be wider than the model."""
         rows = rows.to(self.store.device, self.store.head.weight.dtype)
-        return self.store.head(self.store.final_norm(rows)).float().log_softmax(-1)
+        return self.store.head(self.store.final_norm(rows)).float()
 
     def _chunks(self, rows: torch.Tensor, targets: torch.Tensor) -> Chunks:
         size = chunk_tokens(self.store.device, self.store.geometry.vocab_size)
         return zip(rows.split(size), targets.split(size), strict=True)
 
 
-def _gradient(chunks: Chunks, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """d(summed loss)/d(rows) of chunks of rows and what they should give."""
+def _gradient(
+    chunks: Chunks, answers: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+) -> torch.Tensor:
+    """d(sum)/d(rows) of chunks of rows and what they should give; `answers` gives what they do give, and the sum's gradient with
+    respect to that, None where it is the sum."""
     gradients = []
     for rows, wanted in chunks:
         rows = rows.detach().requires_grad_()
         with torch.enable_grad(), deterministic():
-            gradients.append(torch.autograd.grad(loss(rows, wanted), rows)[0])
+            given, slope = answers(rows, wanted)
+            gradients.append(torch.autograd.grad(given, rows, slope)[0])
     return torch.cat(gradients)

@@ -230,11 +230,12 @@ def test_a_search_is_the_same_where_only_its_length_or_what_comes_after_it_chang
     assert search_key(replace(asked, test_pruned=True, save=False, finetune=FINETUNE)) == search_key(asked)
 
 
-@pytest.mark.parametrize(("device", "tokens"), [("cpu", 6144), ("cuda", 24576)])
-def test_a_search_measures_on_as_many_tokens_as_the_device_affords_unless_told(job, monkeypatch, device, tokens):
+@pytest.mark.parametrize(("device", "tokens", "generations"), [("cpu", 6144, 1), ("cuda", 24576, 2)])
+def test_a_search_measures_as_much_as_the_device_affords_unless_told(job, monkeypatch, device, tokens, generations):
     monkeypatch.setattr("LLMPruner.stages.job.resolve_device", lambda _: torch.device(device))
-    asked, told = replace(job, prune=SEARCH), replace(job, prune=replace(SEARCH, search_tokens=64))
-    assert asked.sized() == replace(job, prune=replace(SEARCH, search_tokens=tokens)) and told.sized() == told
+    asked, told = replace(job, prune=SEARCH), replace(job, prune=replace(SEARCH, search_tokens=64, search_generations=3))
+    sizes = {"search_tokens": tokens, "search_generations": generations}
+    assert asked.sized() == replace(job, prune=replace(SEARCH, **sizes)) and told.sized() == told
     assert search_key(asked.sized()) == search_key(asked.sized().sized()) != search_key(told.sized())
 
 
