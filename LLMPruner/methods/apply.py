@@ -15,7 +15,7 @@ from LLMPruner import parallel
 from LLMPruner.data.windows import held_out_tokens
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import output_projection, slice_sublayer
-from LLMPruner.methods.block_distill import BLOCK, distill_block, training_order
+from LLMPruner.methods.block_distill import BLOCK, Text, distill_block, training_order
 from LLMPruner.methods.evidence import Streams, entering_kept, gather_evidence
 from LLMPruner.methods.repair import REPAIRS, Healed, Repair
 from LLMPruner.model.forward import LayerRunner
@@ -33,6 +33,7 @@ def apply_plan(
     windows: torch.Tensor | None = None,
     distill_epochs: int = 0,
     distill_model_epochs: int = 0,
+    distill_labels: float = 0.0,
     seed: int = 0,
 ) -> None:
     """Slice the runner's model to `plan`, in place; with a repair, `windows` `(n, seq_len)` are the calibration tokens.
@@ -41,7 +42,8 @@ def apply_plan(
     dense stream runs beside it, through each layer before that is sliced, and says what the layer should have answered.
     With `distill_epochs`, every few healed layers are then distilled together, on windows in an order drawn by `seed`: from
     the first few that lost something on, whole layers among them learn too. With `distill_model_epochs`, output projections and
-    norms of all layers then learn the dense model's next-token distributions together.
+    norms of all layers then learn next-token distributions together, as the last few layers do: the dense model's, mixed with
+    the text's own next tokens in the share `distill_labels`.
     """
     method, layers = REPAIRS[repair], range(runner.num_layers)
     if method is None:
@@ -54,7 +56,7 @@ def apply_plan(
             _slice_layer(runner, index, plan)
         return
     streams = _streams(runner, windows)
-    learning = _Learning(streams.held_out, seed)
+    learning = _Learning(Text(parallel.mine(windows), streams.held_out, distill_labels), seed)
     for block in blocks:
         learns = _state(plan, block, distill_epochs) == DISTILLED
         entering = streams.pruned if learns else None  # one stream is gigabytes: none is held without need
@@ -90,8 +92,8 @@ def _finished(runner: LayerRunner, index: int) -> str | None:
 class _Learning:
     """Distillation on the windows that are not held out, in an order that a seed draws, over all blocks of a run."""
 
-    def __init__(self, held_out: torch.Tensor, seed: int) -> None:
-        self.held_out, self.generator = held_out, torch.Generator().manual_seed(seed)
+    def __init__(self, text: Text, seed: int) -> None:
+        self.text, self.generator = text, torch.Generator().manual_seed(seed)
 
     def distill(
         self,
@@ -104,12 +106,12 @@ class _Learning:
         **options: Any,
     ) -> None:
         """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them."""
-        order = training_order(self.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
+        order = training_order(self.text.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
         if all(_finished(runner, index) == state for index in layers):
             return
         with runner.store.edited(layers, state):
-            targets = (streams.pruned, streams.dense, self.held_out)
-            streams.pruned = distill_block(runner, layers, entering, *targets, order=order, **options)
+            outputs, targets = streams.pruned, streams.dense
+            streams.pruned = distill_block(runner, layers, entering, outputs, targets, self.text, order=order, **options)
 
 
 def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:

@@ -1,10 +1,10 @@
 """Blockwise distillation: the kept weights of a few layers in a row learn to answer as those layers did in the dense model.
 
-Gradient steps, but no label, no gradient through the whole model, and never more than one block in float32. Each block is given
-what the pruned layers before pass on and is to give back the dense model's hidden states (block reconstruction: BRECQ, Li et
-al. 2021). It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost
-nothing. Behind the last block there is only the head: its layers learn the dense model's next-token distributions (KL through
-the head) instead of its hidden states.
+Gradient steps, but no gradient through the whole model, and never more than one block in float32. Each block is given what the
+pruned layers before pass on and is to give back the dense model's hidden states (block reconstruction: BRECQ, Li et al. 2021).
+It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost nothing. Behind
+the last block there is only the head: its layers learn next-token distributions through it instead of hidden states, those of
+the dense model mixed with the text's own next tokens (Hinton et al. 2015).
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 from tqdm import tqdm
 
+from LLMPruner.data.windows import IGNORED
 from LLMPruner.families.slicing import is_removed, output_projection
 from LLMPruner.model.device import deterministic, float64
 from LLMPruner.model.forward import LayerRunner
@@ -29,7 +32,24 @@ BLOCK = 5
 RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
 LAST_RATE = 3e-4  # of the last block
 FLOOR = 0.01  # relative squared distance below which a token is near enough
-STRIDE = 2  # of the last block, every so many tokens are compared: neighbours say much the same, and the head is what costs
+# Of a window every so many tokens go through the head, other ones from step to step: neighbours say much the same, and the head
+# is what costs.
+STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Text:
+    """The windows `(n, seq_len)` of tokens that are distilled on, which of them are held out, and by how much the text's own
+    next tokens count where layers learn next-token distributions, beside the dense model's: 0 to 1."""
+
+    windows: torch.Tensor
+    held_out: torch.Tensor
+    labels: float = 0.0
+
+    @property
+    def next_tokens(self) -> torch.Tensor:
+        """The label of every token; the last of a window has none."""
+        return functional.pad(self.windows[:, 1:], (0, 1), value=IGNORED)
 
 
 def distill_block(
@@ -38,7 +58,7 @@ def distill_block(
     inputs: torch.Tensor,
     outputs: torch.Tensor,
     targets: torch.Tensor,
-    held_out: torch.Tensor,
+    text: Text,
     *,
     order: Sequence[int],
     outputs_only: bool = False,
@@ -49,19 +69,20 @@ def distill_block(
 
     Args:
         inputs, outputs: hidden states `(n, seq_len, hidden)` of the pruned model before and after the layers.
-        targets: those of the dense model after them. Of the model's last layers the distance is KL(dense || model).
-        held_out: bool `(n, seq_len)`.
+        targets: those of the dense model after them. Of the model's last layers the distance is KL(dense || model), with its
+            share of the text's cross-entropy.
+        text: what all of these are of.
         order: the windows, one a step: of `training_order`.
         outputs_only: only output projections and norms learn: a third of the memory, nearly all of the gain.
     Returns:
         What the layers now give, in place of `outputs`.
     """
-    before = _distance(runner, layers, outputs, targets, held_out)
+    before = _distance(runner, layers, outputs, targets, text)
     with _float32(runner, layers, outputs_only=outputs_only) as weights, deterministic():
-        _train(runner, layers, list(weights), inputs, targets, held_out, order)
+        _train(runner, layers, list(weights), inputs, targets, text, order)
     distilled = runner.layers(inputs, layers.start, layers.stop)
-    after = _distance(runner, layers, distilled, targets, held_out)
-    verdict, name = "" if after < before else ", not kept", "KL from" if _last(runner, layers) else "log distance to"
+    after = _distance(runner, layers, distilled, targets, text)
+    verdict, name = "" if after < before else ", not kept", "loss against" if _last(runner, layers) else "log distance to"
     logger.info("layers %d to %d distilled: %s dense %.5f to %.5f%s", layers[0], layers[-1], name, before, after, verdict)
     if after < before:  # not where it is NaN
         return distilled
@@ -123,28 +144,29 @@ def _train(
     weights: list[torch.nn.Parameter],
     inputs: torch.Tensor,
     targets: torch.Tensor,
-    held_out: torch.Tensor,
+    text: Text,
     order: Sequence[int],
 ) -> None:
     """Adam on float32 weights; the arithmetic of a half-precision model stays in half precision."""
-    last = _last(runner, layers)
+    last, labels = _last(runner, layers), text.next_tokens
     optimizer = torch.optim.Adam(weights, lr=LAST_RATE if last else RATE, betas=(0.9, 0.95), fused=True)
     rate = lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / len(order))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     half = torch.autocast(runner.device.type, torch.bfloat16, enabled=inputs.dtype != torch.float32)
-    for window in tqdm(order, desc=f"distill {layers[0]} to {layers[-1]}", disable=None, leave=False):
-        fitted = ~held_out[window].to(runner.device)
+    for step, window in enumerate(tqdm(order, desc=f"distill {layers[0]} to {layers[-1]}", disable=None, leave=False)):
+        fitted = (~text.held_out[window]).nonzero().flatten()
+        if last:
+            fitted = fitted[step % min(STRIDE, len(fitted)) :: STRIDE]
         optimizer.zero_grad()
         with torch.enable_grad():
-            one = slice(window, window + 1)
-            hidden, wanted = fetch(inputs, one, runner.device), fetch(targets, one, runner.device)[0, fitted]
+            one, seen = slice(window, window + 1), fitted.to(runner.device)
+            hidden, wanted = fetch(inputs, one, runner.device), fetch(targets, one, runner.device)[0, seen]
             with half:
                 for index in layers:
                     hidden = runner.differentiable_layer(index, hidden)
-            hidden = hidden[0, fitted]
+            hidden = hidden[0, seen]
             if last:
-                hidden, wanted = hidden[::STRIDE], wanted[::STRIDE]
-                hidden.backward(runner.head.divergence_gradient(hidden, wanted))
+                hidden.backward(runner.head.teaching_gradient(hidden, wanted, labels[window, fitted], text.labels))
             else:
                 _log_distances(hidden, wanted).mean().backward()
         optimizer.step()
@@ -165,14 +187,26 @@ def _log_distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (FLOOR + (hidden.float() - targets).square().mean(-1) / scale).log()
 
 
-def _distance(runner: LayerRunner, layers: range, hidden: torch.Tensor, targets: torch.Tensor, held_out: torch.Tensor) -> float:
+def _distance(runner: LayerRunner, layers: range, hidden: torch.Tensor, targets: torch.Tensor, text: Text) -> float:
     """How far `hidden`, after `layers`, is from `targets` on the tokens held out: the mean of `_log_distances`, batch by batch.
-    After the last layer it is KL(dense || model), every `STRIDE`th token."""
+    After the last layer it is what these learn by, of every `STRIDE`th token."""
+    held_out = text.held_out
     if _last(runner, layers):
-        seen = held_out.flatten().nonzero().flatten()[::STRIDE].to(hidden.device)
-        return runner.head.divergence(hidden.flatten(0, 1)[seen], targets.flatten(0, 1)[seen])
+        return _head_distance(runner, hidden.flatten(0, 1), targets.flatten(0, 1), text)
     total = 0.0
     for batch in runner.batches(*held_out.shape):
         ours, theirs = (fetch(states, batch, runner.device) for states in (hidden, targets))
         total += float64(_log_distances(ours, theirs)[held_out[batch].to(runner.device)]).sum().item()
     return total / held_out.sum().item()
+
+
+def _head_distance(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, text: Text) -> float:
+    """KL(dense || model) and the text's cross-entropy, by their shares, of held-out tokens of `(tokens, hidden)`."""
+    chosen = text.held_out.flatten().nonzero().flatten()[::STRIDE]
+    seen = chosen.to(hidden.device)
+    hidden, distance = hidden[seen], 0.0
+    if text.labels < 1:
+        distance = (1 - text.labels) * runner.head.divergence(hidden, targets[seen])
+    if text.labels > 0:
+        distance += text.labels * runner.head.cross_entropy(hidden, text.next_tokens.flatten()[chosen])
+    return distance

@@ -22,7 +22,7 @@ def chunk_tokens(device: torch.device, vocabulary: int) -> int:
     return max(1, (LOGIT_ELEMENTS_CPU if device.type == "cpu" else LOGIT_ELEMENTS) // vocabulary)
 
 
-Chunks = Iterator[tuple[torch.Tensor, torch.Tensor]]
+Chunks = Iterator[tuple[torch.Tensor, ...]]
 
 
 class Head:
@@ -61,7 +61,7 @@ class Head:
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token log-probabilities of all tokens of last hidden states, float32 `(n, seq_len, vocabulary)`."""
         rows = hidden.flatten(0, -2)
-        found = torch.cat([self._log_probs(chunk) for chunk, _ in self._chunks(rows, rows)])
+        found = torch.cat([self._log_probs(chunk) for (chunk,) in self._chunks(rows)])
         return found.view(*hidden.shape[:-1], -1)
 
     def _mean_divergence(
@@ -73,18 +73,31 @@ class Head:
             total += functional.kl_div(self._log_probs(rows), theirs(wanted), reduction="sum", log_target=True).item()
         return total / hidden.shape[:-1].numel()
 
-    def divergence_gradient(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """The gradient of `divergence` with respect to `hidden` `(tokens, hidden)`.
+    @torch.no_grad()
+    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> float:
+        """Mean negative log-likelihood, nats a token, of `labels` `(tokens,)` from last hidden states `(tokens, hidden)`; of
+        labels that are IGNORED none."""
+        chunks = self._chunks(hidden, labels.to(self.store.device))
+        total = sum(self._nll(self.store.final_norm(rows), wanted).sum().item() for rows, wanted in chunks)
+        return total / (labels != IGNORED).sum().item()
 
-        That with respect to the logits is the difference of the two distributions: no logarithm is taken, or gone back through.
+    def teaching_gradient(
+        self, hidden: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, share: float = 0.0
+    ) -> torch.Tensor:
+        """The gradient of `(1 - share) * divergence + share * cross_entropy` with respect to `hidden` `(tokens, hidden)`, where
+        labels are IGNORED that of the divergence alone.
+
+        With respect to the logits it is the difference of two distributions: no logarithm is taken, or gone back through.
         """
 
-        def answers(rows: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def answers(rows: torch.Tensor, wanted: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logits = self._logits(rows)
             with torch.no_grad():
-                return logits, logits.softmax(-1).sub_(self._logits(wanted).softmax(-1))
+                own = share * (right != IGNORED)[:, None].to(logits.dtype)
+                theirs = self._logits(wanted).softmax(-1).mul_(1 - own).scatter_add_(1, right.clamp_min(0)[:, None], own)
+                return logits, logits.softmax(-1).sub_(theirs)
 
-        return _gradient(self._chunks(hidden, reference), answers) / len(hidden)
+        return _gradient(self._chunks(hidden, reference, labels.to(hidden.device)), answers) / len(hidden)
 
     def loss_gradient(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """d(summed loss)/d(last hidden states)."""
@@ -107,20 +120,19 @@ class Head:
         rows = rows.to(self.store.device, self.store.head.weight.dtype)
         return self.store.head(self.store.final_norm(rows)).float()
 
-    def _chunks(self, rows: torch.Tensor, targets: torch.Tensor) -> Chunks:
+    def _chunks(self, *rows: torch.Tensor) -> Chunks:
+        """Of all `rows` as many at a time as fit."""
         size = chunk_tokens(self.store.device, self.store.geometry.vocab_size)
-        return zip(rows.split(size), targets.split(size), strict=True)
+        return zip(*(part.split(size) for part in rows), strict=True)
 
 
-def _gradient(
-    chunks: Chunks, answers: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
-) -> torch.Tensor:
+def _gradient(chunks: Chunks, answers: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
     """d(sum)/d(rows) of chunks of rows and what they should give; `answers` gives what they do give, and the sum's gradient with
     respect to that, None where it is the sum."""
     gradients = []
-    for rows, wanted in chunks:
+    for rows, *wanted in chunks:
         rows = rows.detach().requires_grad_()
         with torch.enable_grad(), deterministic():
-            given, slope = answers(rows, wanted)
+            given, slope = answers(rows, *wanted)
             gradients.append(torch.autograd.grad(given, rows, slope)[0])
     return torch.cat(gradients)

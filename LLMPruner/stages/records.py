@@ -83,7 +83,8 @@ def describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImport
 def record(job: PruneJob, loaded: LoadedModel, command: str) -> None:
     """Put the provenance beside the weights; `command` is the one that began the run."""
     written = {"written": f"and {job.prune.self_samples} windows that the dense model wrote"} if job.writes else {}
-    distilled = {"distill_epochs": job.prune.distill_epochs} if job.distills else {}
+    names = ("distill_epochs", "distill_labels")
+    distilled = {name: getattr(job.prune, name) for name in names} if job.distills else {}
     loaded.provenance |= {
         "command": command,
         "seed": job.common.seed,

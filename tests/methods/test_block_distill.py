@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, each_architecture, geometry_of, random_plan, random_windows, tiny_model
 
-from LLMPruner.data.windows import load_windows
+from LLMPruner.data.windows import IGNORED, load_windows
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.methods import apply
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.methods.block_distill import FLOOR, _distance, _log_distances, distill_block, training_order
+from LLMPruner.methods.block_distill import FLOOR, STRIDE, Text, _distance, _log_distances, distill_block, training_order
 from LLMPruner.model.forward import LayerRunner
+from LLMPruner.model.head import Head
 from LLMPruner.model.load import load_model
 from LLMPruner.model.source import find_model
 from LLMPruner.plan import LayerPlan, PruningPlan
@@ -49,11 +50,13 @@ def taught(dtype=torch.float32, trainable=True, layers=MIDDLE, **changes):
     return runner, before, inputs, outputs, targets
 
 
-def distilled(runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0, layers=MIDDLE, **options):
+def distilled(
+    runner, inputs, outputs, targets, *, epochs=4, held=4, seed=0, layers=MIDDLE, windows=CALIBRATION, labels=0.0, **options
+):
     held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
     held_out[held - 1 :: held] = True
     order = training_order(held_out, epochs, torch.Generator().manual_seed(seed))
-    return distill_block(runner, layers, inputs, outputs, targets, held_out, order=order, **options)
+    return distill_block(runner, layers, inputs, outputs, targets, Text(windows, held_out, labels), order=order, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,21 +125,77 @@ def test_what_is_worse_on_windows_held_out_is_taken_back(dtype, layers, caplog):
 def test_the_last_layers_are_judged_by_words_and_not_by_hidden_states():
     """What lies further from hidden states but gives their words is nearer, and what is near them without is not."""
     runner, _, _, outputs, targets = taught(layers=LAST)
-    everything = torch.ones(CALIBRATION.shape, dtype=torch.bool)
+    everything = Text(CALIBRATION, torch.ones(CALIBRATION.shape, dtype=torch.bool))
     for layers, words in ((LAST, True), (MIDDLE, False)):
         far, near = (_distance(runner, layers, hidden, targets, everything) for hidden in (9 * targets, outputs))
         assert (far < near) == words
 
 
-def test_every_second_token_teaches_the_last_layers_its_words():
+def test_every_few_tokens_teach_the_last_layers_their_words_and_others_from_step_to_step(monkeypatch):
+    taken, gradient = [], Head.teaching_gradient
+
+    def watched(self, hidden, reference, labels, share):
+        taken.append(labels.tolist())
+        return gradient(self, hidden, reference, labels, share)
+
+    monkeypatch.setattr(Head, "teaching_gradient", watched)
+    runner, _, *streams = taught(layers=LAST)
+    windows = torch.arange(CALIBRATION.numel()).view(CALIBRATION.shape) % 97  # which label is which token's shows
+    distilled(runner, *streams, layers=LAST, epochs=1, windows=windows)
+    for step, labels in enumerate(taken):
+        window = training_order_of(1)[step]
+        following = [*windows[window, 1:].tolist(), IGNORED]
+        assert labels == following[step % STRIDE :: STRIDE]
+    assert len(taken) == 15
+
+
+def training_order_of(epochs: int) -> list[int]:
+    held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
+    held_out[3::4] = True
+    return training_order(held_out, epochs, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("layers", [LAST, ALL])
+def test_the_texts_own_next_tokens_are_learned_by_their_share(layers):
+    """Of one window said over and over; the hidden states of the layers before the last know nothing of it."""
+    windows, losses = CALIBRATION[:1].expand_as(CALIBRATION), []
+    for share in (0.0, 0.5, 1.0):
+        runner, _, inputs, outputs, targets = taught(layers=layers)
+        same = [streams[:1].expand_as(streams) for streams in (inputs, outputs, targets)]
+        found = distilled(runner, *same, layers=layers, windows=windows, labels=share, epochs=30)
+        losses.append(runner.head.losses(found[:1], windows[:1]).item())
+    assert losses[2] < losses[1] < 0.8 * losses[0]
     weights = []
-    for token in (None, 1, 2):
-        runner, _, inputs, outputs, targets = taught(layers=LAST)
-        if token is not None:
-            targets[0, token] = -targets[0, token]
-        distilled(runner, inputs, outputs, targets, layers=LAST)
-        weights.append(layer_of(runner, 3).mlp.down_proj.weight)
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    for share in (0.0, 1.0):
+        runner, _, *streams = taught(layers=MIDDLE)
+        distilled(runner, *streams, labels=share)
+        weights.append(layer_of(runner, 2).mlp.down_proj.weight)
+    assert torch.equal(*weights), "but hidden states are taught by hidden states"
+
+
+def test_what_is_kept_of_the_last_layers_is_judged_by_what_they_learn():
+    runner, _, _, outputs, targets = taught(layers=LAST)
+    held_out = torch.ones(CALIBRATION.shape, dtype=torch.bool)
+    seen = [hidden.flatten(0, 1)[::STRIDE] for hidden in (outputs, targets)]
+    divergence = runner.head.divergence(*seen)
+    labels = torch.cat([CALIBRATION[:, 1:], torch.full((20, 1), IGNORED)], 1).flatten()[::STRIDE]
+    entropy = runner.head.cross_entropy(seen[0], labels)
+    for share in (0.0, 0.25, 1.0):
+        found = _distance(runner, LAST, outputs, targets, Text(CALIBRATION, held_out, share))
+        assert found == pytest.approx((1 - share) * divergence + share * entropy)
+
+
+@pytest.mark.parametrize("length", [2, 3, 16])
+def test_windows_shorter_than_the_stride_teach_too(length):
+    windows = CALIBRATION[:8, :length]
+    runner = LayerRunner.of(tiny_model())
+    inputs = runner.layers(runner.embed(windows), 0, LAST.start)
+    outputs = runner.layers(inputs, LAST.start)
+    text = Text(windows, torch.zeros(windows.shape, dtype=torch.bool).index_fill(0, torch.tensor([7]), True), 0.5)
+    before = layer_of(runner, 3).mlp.down_proj.weight.detach().clone()
+    order = training_order(text.held_out, 4, torch.Generator().manual_seed(0))
+    distill_block(runner, LAST, inputs, outputs, 2 * outputs.roll(1, 0), text, order=order)
+    assert layer_of(runner, 3).mlp.down_proj.weight.isfinite().all() and len(order) == 28 and before.isfinite().all()
 
 
 @pytest.mark.parametrize("layers", [MIDDLE, LAST])
@@ -159,7 +218,7 @@ def test_of_windows_held_out_in_part_only_the_rest_teaches():
         held_out[:, 12:] = True
         targets[held_out] *= change
         order = training_order(held_out, 4, torch.Generator().manual_seed(0))
-        distill_block(runner, range(1, 3), inputs, outputs, targets, held_out, order=order)
+        distill_block(runner, range(1, 3), inputs, outputs, targets, Text(CALIBRATION, held_out), order=order)
         weights.append(layer_of(runner, 2).mlp.down_proj.weight)
     assert torch.equal(*weights) and not torch.equal(weights[0], layer_of(taught()[0], 2).mlp.down_proj.weight)
 
@@ -296,18 +355,19 @@ def test_the_whole_model_is_distilled_last_on_its_own_windows(monkeypatch, epoch
     """After the blocks, if any: from the windows' embeddings to what the dense model gives in the end."""
     model, dense, seen = tiny_model(), LayerRunner.of(tiny_model()), []
 
-    def watched(runner, layers, inputs, outputs, targets, held_out, **options):
+    def watched(runner, layers, inputs, outputs, targets, text, **options):
         if layers == ALL:
             assert torch.equal(inputs, runner.embed(CALIBRATION))
             torch.testing.assert_close(outputs, runner.layers(inputs))
             torch.testing.assert_close(targets, dense.layers(dense.embed(CALIBRATION)))
-        fitted = (~held_out).any(1).sum()
+        assert torch.equal(text.windows, CALIBRATION) and text.labels == 0.25
+        fitted = (~text.held_out).any(1).sum()
         seen.append((layers, len(options["order"]) // fitted, options.get("outputs_only", False)))
-        return distill_block(runner, layers, inputs, outputs, targets, held_out, **options)
+        return distill_block(runner, layers, inputs, outputs, targets, text, **options)
 
     monkeypatch.setattr(apply, "BLOCK", 2)
     monkeypatch.setattr(apply, "distill_block", watched)
-    options = {"distill_epochs": epochs, "distill_model_epochs": 3}
+    options = {"distill_epochs": epochs, "distill_model_epochs": 3, "distill_labels": 0.25}
     apply_plan(LayerRunner.of(model), halved(geometry_of(model)), repair="least_squares", windows=CALIBRATION, **options)
     assert seen == [(range(2), 1, False), (LAST, 1, False)][: 2 * epochs] + [(ALL, 3, True)]
 
@@ -325,7 +385,7 @@ def test_layers_without_sublayers_are_distilled(monkeypatch, caplog, removed, dt
         PruningPlan.dense(geometry_of(model)).with_layer(attention, LayerPlan((), (0, 1))).with_layer(mlp, LayerPlan((0,), ()))
     )
     apply_plan(LayerRunner.of(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
-    assert "to 3 distilled: KL from dense" in caplog.text
+    assert "to 3 distilled: loss against dense" in caplog.text
     assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import VOCAB, each_architecture, random_windows, tiny_model
 from torch.nn import functional
 
+from LLMPruner.data.windows import IGNORED
 from LLMPruner.model import head
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.head import Head
@@ -58,16 +59,23 @@ def test_the_divergence_is_the_mean_over_tokens_and_nothing_from_itself():
     assert head.divergence_from(hidden, known) == head.divergence(hidden, reference), "to the last digit"
 
 
-def test_the_gradient_of_the_divergence_is_that_of_autograd():
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_teaching_gradient_is_that_of_autograd(share):
+    """Of the divergence, and of the labels where there are any."""
     model = tiny_model()
     runner = LayerRunner.of(model)
     reference, hidden = runner.layers(runner.embed(WINDOWS)).flatten(0, 1).split(20)[:2]
-    leaf = hidden.clone().requires_grad_()
-    gradient = runner.head.divergence_gradient(hidden, reference)
+    leaf, labels = hidden.clone().requires_grad_(), torch.arange(20)
+    labels[3] = labels[8] = IGNORED
+    gradient = runner.head.teaching_gradient(hidden, reference, labels, share)
     assert all(weight.grad is None for weight in model.parameters()), "nor is the head's, which no pruning changes"
     ours, theirs = (model.lm_head(model.model.norm(rows)).log_softmax(-1) for rows in (leaf, reference))
-    (theirs.exp() * (theirs - ours)).sum(-1).mean().backward()
+    divergence, share = (theirs.exp() * (theirs - ours)).sum(-1), share * (labels != IGNORED)
+    entropy = functional.nll_loss(ours, labels, ignore_index=IGNORED, reduction="none")
+    ((1 - share) * divergence + share * entropy).mean().backward()
     torch.testing.assert_close(gradient, leaf.grad)
+    seen = labels != IGNORED
+    assert runner.head.cross_entropy(hidden, labels) == pytest.approx(entropy[seen].mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 7])
@@ -78,14 +86,14 @@ def test_chunking_the_logits_changes_neither_losses_nor_gradients(monkeypatch, r
     losses, gradient = runner.head.losses(hidden, WINDOWS), runner.head.loss_gradient(hidden, WINDOWS)
     gates = gathered_gates(runner)
     other = hidden.roll(1, 0)
-    divergence, slope = runner.head.divergence(other, hidden), runner.head.divergence_gradient(other[0], hidden[0])
+    divergence, slope = runner.head.divergence(other, hidden), runner.head.teaching_gradient(other[0], hidden[0], WINDOWS[0], 0.5)
     seen = []
     model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
     monkeypatch.setattr(head, "LOGIT_ELEMENTS_CPU", rows * VOCAB)
     torch.testing.assert_close(runner.head.losses(hidden, WINDOWS), losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(runner.head.loss_gradient(hidden, WINDOWS), gradient)
     assert runner.head.divergence(other, hidden) == pytest.approx(divergence, rel=1e-5)
-    torch.testing.assert_close(runner.head.divergence_gradient(other[0], hidden[0]), slope)
+    torch.testing.assert_close(runner.head.teaching_gradient(other[0], hidden[0], WINDOWS[0], 0.5), slope)
     for got, wanted in zip(gathered_gates(runner), gates, strict=True):
         torch.testing.assert_close(got, wanted)
     assert max(seen) == rows

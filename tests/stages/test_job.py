@@ -212,6 +212,7 @@ OTHERS = {
     "self_samples": (5, True),
     "distill_epochs": (5, True),
     "distill_model_epochs": (5, True),
+    "distill_labels": (0.25, True),
     "calibration_seq_len": (32, False),
     "calibration_dataset": ("ptb", False),
     "calibration_bos": ("off", False),
