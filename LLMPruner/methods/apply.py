@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from LLMPruner import parallel
 from LLMPruner.data.windows import held_out_tokens
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import output_projection, slice_sublayer
-from LLMPruner.methods.block_distill import BLOCK, Text, distill_block, training_order
+from LLMPruner.methods.block_distill import BLOCK, LAST, Text, distill_block, training_order
 from LLMPruner.methods.evidence import Streams, entering_kept, gather_evidence
 from LLMPruner.methods.repair import REPAIRS, Healed, Repair
 from LLMPruner.model.forward import LayerRunner
@@ -66,7 +65,7 @@ def apply_plan(
             learning.distill(runner, block, entering, streams, DISTILLED, distill_epochs)
     if taught:
         entering = runner.embed(windows)
-        learning.distill(runner, layers, entering, streams, TAUGHT, distill_model_epochs, outputs_only=True)
+        learning.distill(runner, layers, entering, streams, TAUGHT, distill_model_epochs)
 
 
 HEALED, DISTILLED, TAUGHT = "healed", "distilled", "taught"  # what was done to a finished layer
@@ -103,7 +102,6 @@ class _Learning:
         streams: Streams,
         state: str,
         epochs: int,
-        **options: Any,
     ) -> None:
         """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them."""
         order = training_order(self.text.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
@@ -111,7 +109,7 @@ class _Learning:
             return
         with runner.store.edited(layers, state):
             outputs, targets = streams.pruned, streams.dense
-            streams.pruned = distill_block(runner, layers, entering, outputs, targets, self.text, order=order, **options)
+            streams.pruned = distill_block(runner, layers, entering, outputs, targets, self.text, order=order)
 
 
 def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
@@ -120,10 +118,12 @@ def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
 
 
 def _blocks(num_layers: int) -> Iterator[range]:
-    """Layers that are distilled together. Where they do not divide, the first block is the shorter one: the last block is
-    taught the dense model's next-token distributions, which changes most and wants all its layers."""
-    for stop in range((num_layers - 1) % BLOCK + 1, num_layers + 1, BLOCK):
+    """Layers that are distilled together: the last ones, and those before them a few at a time. Where they do not divide, the
+    first block is the shorter one."""
+    last = max(0, num_layers - LAST)
+    for stop in range(last % BLOCK or BLOCK, last + 1, BLOCK):
         yield range(max(0, stop - BLOCK), stop)
+    yield range(last, num_layers)
 
 
 def _heal_layer(runner: LayerRunner, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from LLMPruner.cost import BATCH_TOKENS, Cost, Setup, Work
 from LLMPruner.methods.repair import REPAIRS, RIDGES
 
-BLOCK, STRIDE = 5, 2  # as block_distill.py, which imports torch: a test holds them together
+BLOCK, LAST, STRIDE = 5, 15, 4  # as block_distill.py, which imports torch: a test holds them together
 
 
 def cost(setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int = 0, model_epochs: int = 0) -> Cost:
     """What slicing and healing costs, distillation of blocks included, as if every sublayer lost the same share.
 
     Two streams pass each layer, the dense one and the pruned one; what of this enters an output projection is kept for the
-    healed one. Rough: layers before the first that loses something are cheaper; distillation of the whole model is that of a
-    single large block.
+    healed one. Rough: layers before the first that loses something are cheaper.
     """
     method, layers, tokens = REPAIRS[repair], setup.geometry.num_layers, setup.mine(windows) * seq_len
     written, name = layers * setup.layer_bytes(pruned=True), f"apply (repair {repair})"
@@ -33,13 +32,15 @@ def cost(setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int =
         solved = [solving(setup, width, kept, setup.mine(windows) * seq_len) for width, kept in pairs]
         work += sum((part for part, _ in solved), start=Work()) * layers
         device = max(device + min(needed for _, needed in solved), *(needed for _, needed in solved))
-    states, passes = 4, 1
-    for size, times in ((BLOCK, epochs), (layers, model_epochs)):
-        if times:
-            learned, needed = distilling(setup, min(size, layers), tokens, seq_len, times)
-            work, device, states, passes = work + learned, max(device, needed), 5, passes + 1
+    states = 4
+    last = min(LAST, layers)
+    for count, times, behind in ((layers - last, epochs, last), (last, epochs, 0), (layers, model_epochs, 0)):
+        if times and count:
+            learned, needed = distilling(setup, count, tokens, seq_len, times, last=not behind)
+            work, device, states = work + learned, max(device, needed), 5
+    passes = 1 + (epochs > 0) + (model_epochs > 0)
     hidden = setup.hidden(tokens, states) + tokens * max(left) * setup.itemsize
-    return replace(total, work=work, device=device, hidden=hidden, passes=passes, head=epochs > 0)
+    return replace(total, work=work, device=device, hidden=hidden, passes=passes, head=states > 4)
 
 
 def solving(setup: Setup, columns: int, kept: int, tokens: int) -> tuple[Work, int]:
@@ -60,18 +61,24 @@ def solving(setup: Setup, columns: int, kept: int, tokens: int) -> tuple[Work, i
     )
 
 
-def distilling(setup: Setup, layers: int, tokens: int, seq_len: int, epochs: int) -> tuple[Work, int]:
-    """Work of all blocks, and bytes of one of `layers` layers, that learn: rough, for a layer that lost nothing is not trained.
+def distilling(setup: Setup, layers: int, tokens: int, seq_len: int, epochs: int, *, last: bool) -> tuple[Work, int]:
+    """Work of `layers` that learn, and bytes: rough, for a layer that lost nothing is not trained.
 
     A step is one window: forward, back to the weights and to the inputs, and Adam, which reads and writes 40 bytes a
-    parameter. Of the last block every `STRIDE`th token goes through the head twice forward and once back.
+    parameter. Of the `last` layers, all at once and not in blocks, output projections learn, and every `STRIDE`th token goes
+    through the head twice forward and once back.
     """
-    params = layers * setup.layer_params(pruned=True)
-    fitted = tokens * 3 // 4 * epochs
-    once = setup.forward(fitted, seq_len, pruned=True)
-    adam = Work(traffic=40 * setup.geometry.num_layers * setup.layer_params(pruned=True)) * (fitted // seq_len)
-    head = setup.head_work(fitted // STRIDE) + setup.head_work(fitted // STRIDE, gradient=True)
-    activations = layers * setup.activations(seq_len, gradient=True)
-    back = replace(once * 2, matmul=0, back=2 * once.matmul)
-    size = 16 if setup.itemsize == 4 else 20  # a float32 copy, its gradient, two moments, and copies in half precision
-    return once + back + adam + head, size * params + activations + setup.logits(seq_len, gradient=True)
+    every, outputs = setup.layer_params(pruned=True), setup.geometry.hidden_size * sum(setup.columns(pruned=True))
+    learning, fitted = outputs if last else every, tokens * 3 // 4 * epochs
+    together = layers if last else min(BLOCK, layers)
+    whole = setup.forward(fitted, seq_len, pruned=True)
+    once = Work(*(value * layers // setup.geometry.num_layers for value in astuple(whole)))
+    adam = Work(traffic=40 * layers * learning) * (fitted // seq_len)
+    back = replace(once * 2, matmul=0, back=once.matmul + once.matmul * learning // every)
+    work, size = once + back + adam, 16 if setup.itemsize == 4 else 20
+    # A float32 copy, its gradient, two moments, and copies in half precision.
+    needed = size * together * learning + together * setup.activations(seq_len, gradient=True)
+    if last:
+        work += setup.head_work(fitted // STRIDE) + setup.head_work(fitted // STRIDE, gradient=True)
+        needed += setup.logits(seq_len, gradient=True)
+    return work, needed

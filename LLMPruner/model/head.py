@@ -127,8 +127,8 @@ class Head:
 
 
 def _gradient(chunks: Chunks, answers: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
-    """d(sum)/d(rows) of chunks of rows and what they should give; `answers` gives what they do give, and the sum's gradient with
-    respect to that, None where it is the sum."""
+    """d(sum)/d(rows) of chunks of rows and what they should give; `answers` gives what they do give, and the sum's gradient
+    with respect to that, None where it is the sum."""
     gradients = []
     for rows, *wanted in chunks:
         rows = rows.detach().requires_grad_()

@@ -86,14 +86,15 @@ def test_chunking_the_logits_changes_neither_losses_nor_gradients(monkeypatch, r
     losses, gradient = runner.head.losses(hidden, WINDOWS), runner.head.loss_gradient(hidden, WINDOWS)
     gates = gathered_gates(runner)
     other = hidden.roll(1, 0)
-    divergence, slope = runner.head.divergence(other, hidden), runner.head.teaching_gradient(other[0], hidden[0], WINDOWS[0], 0.5)
+    divergence, lesson = runner.head.divergence(other, hidden), (other[0], hidden[0], WINDOWS[0], 0.5)
+    slope = runner.head.teaching_gradient(*lesson)
     seen = []
     model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
     monkeypatch.setattr(head, "LOGIT_ELEMENTS_CPU", rows * VOCAB)
     torch.testing.assert_close(runner.head.losses(hidden, WINDOWS), losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(runner.head.loss_gradient(hidden, WINDOWS), gradient)
     assert runner.head.divergence(other, hidden) == pytest.approx(divergence, rel=1e-5)
-    torch.testing.assert_close(runner.head.teaching_gradient(other[0], hidden[0], WINDOWS[0], 0.5), slope)
+    torch.testing.assert_close(runner.head.teaching_gradient(*lesson), slope)
     for got, wanted in zip(gathered_gates(runner), gates, strict=True):
         torch.testing.assert_close(got, wanted)
     assert max(seen) == rows
