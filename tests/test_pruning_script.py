@@ -162,7 +162,7 @@ def test_distillation_follows_the_repair_and_the_card_says_so(command):
         logs[name] = next(Path("prune_log", name).glob("*/training.log")).read_text()
         cards[name] = Path("prune_log", name, "hf/README.md").read_text()
     assert len({Path("prune_log", name, "pruning_plan.json").read_text() for name in runs}) == 1
-    assert [name for name in runs if "distilled: KL from dense" in logs[name]] == ["distilled"]
+    assert [name for name in runs if "distilled: loss against dense" in logs[name]] == ["distilled"]
     assert [name for name in runs if "| epochs of blockwise distillation | `1` |" in cards[name]] == ["distilled"]
 
 
