@@ -181,9 +181,8 @@ class PruneConfig:
     self_samples: int = setting(0, "windows that the dense model writes itself, added to those of the repair, if any")
     distill_epochs: int = setting(0, "passes of blockwise distillation on the repair's windows, if any")
     distill_model_epochs: int = setting(0, "passes of distillation through the whole model after that, on the same windows")
-    distill_labels: float = setting(
-        0.5, "share of the text's own next tokens in what last layers and whole model learn; the rest is the dense model's say"
-    )
+    distill_last: int = setting(10, "layers at the end that learn next-token distributions together, the others hidden states")
+    distill_labels: float = setting(0.5, "share of the text's own next tokens in these, the rest is the dense model's")
     calibration_seq_len: int = setting(512, "tokens of a calibration window")
     calibration_dataset: str = setting("wikitext2", "corpus to calibrate on (its train split), or a local text file")
     calibration_bos: str = setting("auto", "whether calibration windows begin with BOS; auto: where the tokenizer adds it")
@@ -196,6 +195,7 @@ class PruneConfig:
         for name in ("round_to", "repair_samples"):
             if getattr(self, name) is not None:
                 require_at_least("--" + name, getattr(self, name), 1)
+        require_at_least("--distill_last", self.distill_last, 1)
         for name in ("self_samples", "distill_epochs", "distill_model_epochs"):
             require_at_least("--" + name, getattr(self, name), 0)
         if not 0 <= self.distill_labels <= 1:

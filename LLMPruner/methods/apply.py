@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from LLMPruner import parallel
 from LLMPruner.data.windows import held_out_tokens
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import output_projection, slice_sublayer
-from LLMPruner.methods.block_distill import BLOCK, LAST, Text, distill_block, training_order
+from LLMPruner.methods.block_distill import BLOCK, Text, distill_block, training_order
 from LLMPruner.methods.evidence import Streams, entering_kept, gather_evidence
 from LLMPruner.methods.repair import REPAIRS, Healed, Repair
 from LLMPruner.model.forward import LayerRunner
@@ -33,6 +34,7 @@ def apply_plan(
     distill_epochs: int = 0,
     distill_model_epochs: int = 0,
     distill_labels: float = 0.0,
+    distill_last: int | None = None,
     seed: int = 0,
 ) -> None:
     """Slice the runner's model to `plan`, in place; with a repair, `windows` `(n, seq_len)` are the calibration tokens.
@@ -40,15 +42,15 @@ def apply_plan(
     Layers are walked in order on pruned activations: what a layer is healed on is what reaches it in the pruned model. The
     dense stream runs beside it, through each layer before that is sliced, and says what the layer should have answered.
     With `distill_epochs`, every few healed layers are then distilled together, on windows in an order drawn by `seed`: from
-    the first few that lost something on, whole layers among them learn too. With `distill_model_epochs`, output projections and
-    norms of all layers then learn next-token distributions together, as the last few layers do: the dense model's, mixed with
-    the text's own next tokens in the share `distill_labels`.
+    the first few that lost something on, whole layers among them learn too. The `distill_last` layers (None: as few) learn
+    next-token distributions: the dense model's, mixed with the text's own next tokens in the share `distill_labels`. So do,
+    with `distill_model_epochs`, output projections and norms of all layers after that.
     """
     method, layers = REPAIRS[repair], range(runner.num_layers)
     if method is None:
         distill_epochs = distill_model_epochs = 0
     taught = distill_model_epochs and _drifts(plan, layers)
-    blocks = list(_blocks(len(layers)))
+    blocks = list(_blocks(len(layers), distill_last or BLOCK))
     last = TAUGHT if taught else _state(plan, blocks[-1], distill_epochs)  # of the last layer, which is changed last
     if method is None or not _drifts(plan, layers) or _finished(runner, layers[-1]) == last:
         for index in layers:
@@ -65,7 +67,7 @@ def apply_plan(
             learning.distill(runner, block, entering, streams, DISTILLED, distill_epochs)
     if taught:
         entering = runner.embed(windows)
-        learning.distill(runner, layers, entering, streams, TAUGHT, distill_model_epochs)
+        learning.distill(runner, layers, entering, streams, TAUGHT, distill_model_epochs, outputs_only=True)
 
 
 HEALED, DISTILLED, TAUGHT = "healed", "distilled", "taught"  # what was done to a finished layer
@@ -102,6 +104,7 @@ class _Learning:
         streams: Streams,
         state: str,
         epochs: int,
+        **options: Any,
     ) -> None:
         """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them."""
         order = training_order(self.text.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
@@ -109,7 +112,7 @@ class _Learning:
             return
         with runner.store.edited(layers, state):
             outputs, targets = streams.pruned, streams.dense
-            streams.pruned = distill_block(runner, layers, entering, outputs, targets, self.text, order=order)
+            streams.pruned = distill_block(runner, layers, entering, outputs, targets, self.text, order=order, **options)
 
 
 def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
@@ -117,13 +120,13 @@ def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
     return Streams(hidden, hidden, parallel.mine(held_out_tokens(*windows.shape)))
 
 
-def _blocks(num_layers: int) -> Iterator[range]:
-    """Layers that are distilled together: the last ones, and those before them a few at a time. Where they do not divide, the
+def _blocks(num_layers: int, last: int) -> Iterator[range]:
+    """Layers that are distilled together: the `last` ones, and those before them a few at a time. Where they do not divide, the
     first block is the shorter one."""
-    last = max(0, num_layers - LAST)
-    for stop in range(last % BLOCK or BLOCK, last + 1, BLOCK):
+    first = max(0, num_layers - last)
+    for stop in range(first % BLOCK or BLOCK, first + 1, BLOCK):
         yield range(max(0, stop - BLOCK), stop)
-    yield range(last, num_layers)
+    yield range(first, num_layers)
 
 
 def _heal_layer(runner: LayerRunner, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:

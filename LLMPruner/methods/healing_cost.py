@@ -7,10 +7,12 @@ from dataclasses import astuple, replace
 from LLMPruner.cost import BATCH_TOKENS, Cost, Setup, Work
 from LLMPruner.methods.repair import REPAIRS, RIDGES
 
-BLOCK, LAST, STRIDE = 5, 15, 4  # as block_distill.py, which imports torch: a test holds them together
+BLOCK, STRIDE = 5, 4  # as block_distill.py, which imports torch: a test holds them together
 
 
-def cost(setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int = 0, model_epochs: int = 0) -> Cost:
+def cost(
+    setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int = 0, model_epochs: int = 0, last: int = BLOCK
+) -> Cost:
     """What slicing and healing costs, distillation of blocks included, as if every sublayer lost the same share.
 
     Two streams pass each layer, the dense one and the pruned one; what of this enters an output projection is kept for the
@@ -33,11 +35,16 @@ def cost(setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int =
         work += sum((part for part, _ in solved), start=Work()) * layers
         device = max(device + min(needed for _, needed in solved), *(needed for _, needed in solved))
     states = 4
-    last = min(LAST, layers)
-    for count, times, behind in ((layers - last, epochs, last), (last, epochs, 0), (layers, model_epochs, 0)):
+    last = min(last, layers)
+    taught = ((layers - last, BLOCK, epochs, False), (last, last, epochs, False), (layers, layers, model_epochs, True))
+    for count, together, times, outputs_only in taught:
         if times and count:
-            learned, needed = distilling(setup, count, tokens, seq_len, times, last=not behind)
-            work, device, states = work + learned, max(device, needed), 5
+            learned = distilling(setup, count, tokens, seq_len, times, together=together, outputs_only=outputs_only)
+            work, device, states = work + learned[0], max(device, learned[1]), 5
+    if states > 4:
+        rows = tokens * 3 // 4 * (epochs + model_epochs) // STRIDE
+        work += setup.head_work(rows) + setup.head_work(rows, gradient=True)
+        device += setup.logits(seq_len, gradient=True)
     passes = 1 + (epochs > 0) + (model_epochs > 0)
     hidden = setup.hidden(tokens, states) + tokens * max(left) * setup.itemsize
     return replace(total, work=work, device=device, hidden=hidden, passes=passes, head=states > 4)
@@ -61,24 +68,19 @@ def solving(setup: Setup, columns: int, kept: int, tokens: int) -> tuple[Work, i
     )
 
 
-def distilling(setup: Setup, layers: int, tokens: int, seq_len: int, epochs: int, *, last: bool) -> tuple[Work, int]:
-    """Work of `layers` that learn, and bytes: rough, for a layer that lost nothing is not trained.
+def distilling(
+    setup: Setup, layers: int, tokens: int, seq_len: int, epochs: int, *, together: int, outputs_only: bool
+) -> tuple[Work, int]:
+    """Work of `layers` that learn, and bytes of so many `together`: rough, for a layer that lost nothing is not trained.
 
     A step is one window: forward, back to the weights and to the inputs, and Adam, which reads and writes 40 bytes a
-    parameter. Of the `last` layers, all at once and not in blocks, output projections learn, and every `STRIDE`th token goes
-    through the head twice forward and once back.
+    parameter. What goes through the head, every `STRIDE`th token of the last layers, twice forward and once back, is not in it.
     """
     every, outputs = setup.layer_params(pruned=True), setup.geometry.hidden_size * sum(setup.columns(pruned=True))
-    learning, fitted = outputs if last else every, tokens * 3 // 4 * epochs
-    together = layers if last else min(BLOCK, layers)
+    learning, fitted = outputs if outputs_only else every, tokens * 3 // 4 * epochs
     whole = setup.forward(fitted, seq_len, pruned=True)
     once = Work(*(value * layers // setup.geometry.num_layers for value in astuple(whole)))
     adam = Work(traffic=40 * layers * learning) * (fitted // seq_len)
     back = replace(once * 2, matmul=0, back=once.matmul + once.matmul * learning // every)
-    work, size = once + back + adam, 16 if setup.itemsize == 4 else 20
-    # A float32 copy, its gradient, two moments, and copies in half precision.
-    needed = size * together * learning + together * setup.activations(seq_len, gradient=True)
-    if last:
-        work += setup.head_work(fitted // STRIDE) + setup.head_work(fitted // STRIDE, gradient=True)
-        needed += setup.logits(seq_len, gradient=True)
-    return work, needed
+    size = 16 if setup.itemsize == 4 else 20  # a float32 copy, its gradient, two moments, and copies in half precision
+    return once + back + adam, together * (size * learning + setup.activations(seq_len, gradient=True))

@@ -62,7 +62,7 @@ def stages(job: PruneJob, budget: Budget, setup: Setup) -> tuple[Cost, ...]:
         found.append(criteria.cost(setup, config.importance, config.channel_importance_samples, config.calibration_seq_len))
     if job.writes:
         found.append(writing(setup, config.self_samples, config.calibration_seq_len))
-    epochs = {"epochs": config.distill_epochs, "model_epochs": config.distill_model_epochs}
+    epochs = {"epochs": config.distill_epochs, "model_epochs": config.distill_model_epochs, "last": config.distill_last}
     rows = config.repair_windows + job.writes * config.self_samples
     found.append(healing_cost.cost(setup, config.repair, rows, config.calibration_seq_len, **epochs))
     if config.pruning_strategy == "search":

@@ -239,7 +239,7 @@ def load_search(job: PruneJob, folder: Path, budget: Budget) -> SearchState:
 
 def search_key(job: PruneJob) -> dict[str, Any]:
     """What a search's result depends on: an interrupted one is continued only under the same."""
-    repair = ("repair_samples", "self_samples", "distill_epochs", "distill_model_epochs", "distill_labels")
+    repair = ("repair_samples", "self_samples", "distill_epochs", "distill_model_epochs", "distill_last", "distill_labels")
     free = ("search_minutes", "search_generations", "layer_importance_file", *repair, *FREE)
     settings = {name: value for name, value in (asdict(job.common) | asdict(job.prune)).items() if name not in free}
     return {"format": STATE_FORMAT, "model": job.source.fingerprint(), **settings}

@@ -86,7 +86,7 @@ def apply(runner: LayerRunner, plan: PruningPlan, text: torch.Tensor | None, con
     """Slice the runner's model to `plan` and heal it on `text` `(n, seq_len)`, in place."""
     from LLMPruner.methods.apply import apply_plan
 
-    names = ("distill_epochs", "distill_model_epochs", "distill_labels")
+    names = ("distill_epochs", "distill_model_epochs", "distill_last", "distill_labels")
     distillation = {name: getattr(config, name) for name in names}
     apply_plan(runner, plan, repair=config.repair, windows=text, seed=common.seed, **distillation)
 

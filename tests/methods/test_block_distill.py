@@ -34,12 +34,6 @@ def layer_of(runner: LayerRunner, index: int) -> torch.nn.Module:
         return layer
 
 
-def set_blocks(monkeypatch, few: int) -> None:
-    """So few layers learn together, the last ones too."""
-    monkeypatch.setattr(apply, "BLOCK", few)
-    monkeypatch.setattr(apply, "LAST", few)
-
-
 def taught(dtype=torch.float32, trainable=True, layers=MIDDLE, **changes):
     """What distills `layers` of a model to what they gave before their weights were disturbed."""
     model = tiny_model(**changes).to(dtype).requires_grad_(trainable)
@@ -97,7 +91,7 @@ def test_the_last_layers_come_closer_to_the_words_of_the_dense_model(changes, dt
 def test_of_all_layers_together_only_output_projections_and_norms_learn(changes, dtype):
     """From the first hidden states to the last, by the words of the dense model."""
     runner, before, inputs, outputs, targets = taught(dtype, layers=ALL, **changes)
-    found = distilled(runner, inputs, outputs, targets, layers=ALL, epochs=8)
+    found = distilled(runner, inputs, outputs, targets, layers=ALL, epochs=8, outputs_only=True)
     divergences = [runner.head.divergence(hidden[3::4], targets[3::4]) for hidden in (found, outputs)]
     assert divergences[0] < 0.9 * divergences[1]
     assert torch.equal(found, runner.layers(inputs))
@@ -311,7 +305,7 @@ def test_the_seed_reaches_the_order_of_the_windows():
 
 def test_layers_before_the_first_few_that_lost_something_learn_nothing(monkeypatch):
     seen = []
-    set_blocks(monkeypatch, 2)
+    monkeypatch.setattr(apply, "BLOCK", 2)
     monkeypatch.setattr(apply, "distill_block", lambda runner, layers, *args, **options: seen.append(layers) or args[1])
     model = tiny_model()
     plan = PruningPlan.dense(geometry_of(model)).with_layer(2, LayerPlan((0,), (0, 1)))
@@ -320,7 +314,7 @@ def test_layers_before_the_first_few_that_lost_something_learn_nothing(monkeypat
 
 
 def test_a_block_without_any_sublayer_left_is_passed_by(monkeypatch):
-    set_blocks(monkeypatch, 1)
+    monkeypatch.setattr(apply, "BLOCK", 1)
     model = tiny_model()
     plan = PruningPlan.dense(geometry_of(model)).with_layer(0, LayerPlan((0,), (0, 1))).with_layer(3, LayerPlan((), ()))
     apply_plan(LayerRunner.of(model), plan, repair="least_squares", windows=CALIBRATION, distill_epochs=1)
@@ -341,7 +335,7 @@ def test_every_layer_is_distilled_once_between_what_reaches_it_and_what_the_dens
         seen.append(layers)
         return distill_block(runner, layers, inputs, outputs, targets, *args, **options)
 
-    set_blocks(monkeypatch, 2)
+    monkeypatch.setattr(apply, "BLOCK", 2)
     monkeypatch.setattr(apply, "distill_block", watched)
     apply_plan(LayerRunner.of(model), plan, repair=repair, windows=CALIBRATION, distill_epochs=1)
     assert seen == [range(0, 2), range(2, 4)]
@@ -368,14 +362,14 @@ def test_the_whole_model_is_distilled_last_on_its_own_windows(monkeypatch, epoch
             torch.testing.assert_close(targets, dense.layers(dense.embed(CALIBRATION)))
         assert torch.equal(text.windows, CALIBRATION) and text.labels == 0.25
         fitted = (~text.held_out).any(1).sum()
-        seen.append((layers, len(options["order"]) // fitted))
+        seen.append((layers, len(options["order"]) // fitted, options.get("outputs_only", False)))
         return distill_block(runner, layers, inputs, outputs, targets, text, **options)
 
-    set_blocks(monkeypatch, 2)
+    monkeypatch.setattr(apply, "BLOCK", 2)
     monkeypatch.setattr(apply, "distill_block", watched)
     options = {"distill_epochs": epochs, "distill_model_epochs": 3, "distill_labels": 0.25}
     apply_plan(LayerRunner.of(model), halved(geometry_of(model)), repair="least_squares", windows=CALIBRATION, **options)
-    assert seen == [(range(2), 1), (LAST, 1)][: 2 * epochs] + [(ALL, 3)]
+    assert seen == [(range(2), 1, False), (LAST, 1, False)][: 2 * epochs] + [(ALL, 3, True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -384,7 +378,7 @@ def test_the_whole_model_is_distilled_last_on_its_own_windows(monkeypatch, epoch
 def test_layers_without_sublayers_are_distilled(monkeypatch, caplog, removed, dtype, few):
     """Whatever they pass on: what stands where one was is as wide as the norm's weights, which learn in float32."""
     caplog.set_level(logging.INFO, "LLMPruner")
-    set_blocks(monkeypatch, few)
+    monkeypatch.setattr(apply, "BLOCK", few)
     model = tiny_model().to(dtype)
     attention, mlp = removed
     plan = (
@@ -395,17 +389,18 @@ def test_layers_without_sublayers_are_distilled(monkeypatch, caplog, removed, dt
     assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("num_layers", range(1, 40))
-def test_the_last_layers_learn_together_and_those_before_them_in_blocks_of_which_the_first_is_the_shorter(num_layers):
-    *blocks, last = list(apply._blocks(num_layers))
-    assert [index for block in (*blocks, last) for index in block] == list(range(num_layers))
-    assert len(last) == min(apply.LAST, num_layers)
+@pytest.mark.parametrize("last", [1, 5, 10, 50])
+@pytest.mark.parametrize("num_layers", range(1, 32))
+def test_the_last_layers_learn_together_and_those_before_them_in_blocks_of_which_the_first_is_the_shorter(num_layers, last):
+    *blocks, end = list(apply._blocks(num_layers, last))
+    assert [index for block in (*blocks, end) for index in block] == list(range(num_layers))
+    assert len(end) == min(last, num_layers)
     assert all(len(block) == apply.BLOCK for block in blocks[1:]) and all(0 < len(block) <= apply.BLOCK for block in blocks)
 
 
 @pytest.mark.parametrize("few", [2, 5])
 def test_distillation_lowers_the_perplexity_of_a_repaired_model(monkeypatch, trained_dir, data_dir, tokenizer, few):
-    set_blocks(monkeypatch, few)
+    monkeypatch.setattr(apply, "BLOCK", few)
 
     def windows(split, samples):
         return load_windows(tokenizer, "wikitext2", split, seq_len=64, samples=samples, data_dir=str(data_dir))

@@ -102,8 +102,7 @@ def test_the_healed_model_is_the_same_and_so_are_its_bin_and_what_is_read_of_it(
 
 
 def test_blocks_are_distilled_the_same(both, monkeypatch):
-    for name in ("BLOCK", "LAST"):
-        monkeypatch.setattr(apply, name, 2)
+    monkeypatch.setattr(apply, "BLOCK", 2)
     models = both()
     plan = random_plan(models[0].plan.geometry, seed=4)
     for loaded in models:
@@ -185,8 +184,7 @@ def test_an_edit_that_fails_is_not_kept(both):
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_what_died_anywhere_goes_on_to_the_same_model(tmp_path, monkeypatch, stop, epochs):
     """The process dies when it is about to write its `stop`th state of layers; the next one has the dense model again."""
-    for name in ("BLOCK", "LAST"):
-        monkeypatch.setattr(apply, name, 2)
+    monkeypatch.setattr(apply, "BLOCK", 2)
     plan = random_plan(geometry_of(tiny_model()), seed=2)
     options = {"repair": "least_squares", "windows": WINDOWS, "distill_epochs": epochs, "distill_model_epochs": epochs}
     whole = LayerRunner.of(tiny_model())

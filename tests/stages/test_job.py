@@ -213,6 +213,7 @@ OTHERS = {
     "distill_epochs": (5, True),
     "distill_model_epochs": (5, True),
     "distill_labels": (0.25, True),
+    "distill_last": (3, True),
     "calibration_seq_len": (32, False),
     "calibration_dataset": ("ptb", False),
     "calibration_bos": ("off", False),
