@@ -121,6 +121,9 @@ class Forecast:
         """What may help where a stage lacks memory or disk."""
         if kind == "disk":
             return "free some space, or use --no_save_model or fewer formats to export"
+        cost = next(cost for cost in self.costs if cost.stage == row.stage)
+        if self.setup.resident and unstreamable and cost.stage.startswith("apply") and cost.head:
+            return "let fewer layers learn at once: --distill_last 5, --distill_model_epochs 0 or --distill_epochs 0"
         if self.setup.resident and unstreamable:
             return f"{unstreamable} needs all weights at once, without it --stream on leaves them on disk"
         if self.setup.resident:
@@ -129,7 +132,6 @@ class Forecast:
         fewer = next((flag for name, flag in samples.items() if row.stage == name), "--repair_samples")
         if row.stage.startswith("evaluate"):
             fewer = "--eval_samples"
-        cost = next(cost for cost in self.costs if cost.stage == row.stage)
         on_host = kind == "host" and cost.hidden > getattr(row, kind) // 4
         return f"lower --hidden_gb or {fewer}" if on_host else f"use fewer samples ({fewer}) or shorter windows"
 
