@@ -131,6 +131,9 @@ PRESETS: dict[str, dict[str, str | int]] = {
 }
 
 
+# Settings of what is learned after the closed forms.
+DISTILLATION = ("distill_epochs", "distill_model_epochs", "distill_last", "distill_labels")
+
 # What units are worth shows on less text than what weights are best: a repair has hundreds of thousands of them to fit.
 REPAIR_SHARE = 2
 
@@ -181,7 +184,9 @@ class PruneConfig:
     self_samples: int = setting(0, "windows that the dense model writes itself, added to those of the repair, if any")
     distill_epochs: int = setting(0, "passes of blockwise distillation on the repair's windows, if any")
     distill_model_epochs: int = setting(0, "passes of distillation through the whole model after that, on the same windows")
-    distill_last: int = setting(10, "layers at the end that learn next-token distributions together, the others hidden states")
+    distill_last: int = setting(
+        10, "layers at the end that learn next-token distributions together, which takes memory; the others learn hidden states"
+    )
     distill_labels: float = setting(0.5, "share of the text's own next tokens in these, the rest is the dense model's")
     calibration_seq_len: int = setting(512, "tokens of a calibration window")
     calibration_dataset: str = setting("wikitext2", "corpus to calibrate on (its train split), or a local text file")

@@ -87,7 +87,7 @@ class Cost:
     weights of all layers are read where they are on disk; `head`: whether those of the head are needed. `layers`: as many are
     open at once. `pruned`: the weights are those of the pruned model. `read` and `written`: bytes of files besides; `left`:
     what lies on disk from then on, `temporary` meanwhile. `waits`: seconds that depend on nothing above; `most`: when the stage
-    ends by itself.
+    ends by itself. `learning`: what of `device` layers take that learn.
     """
 
     stage: str
@@ -105,6 +105,7 @@ class Cost:
     temporary: int = 0
     waits: float = 0.0
     most: float = math.inf
+    learning: int = 0
 
 
 @dataclass(frozen=True)

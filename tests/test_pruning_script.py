@@ -155,15 +155,18 @@ def test_the_model_may_write_a_part_of_its_calibration_text(command):
 
 def test_distillation_follows_the_repair_and_the_card_says_so(command):
     """The plan is the same, other weights than the repair's change; without a repair there is nothing to learn from."""
-    runs = {"repaired": [], "distilled": ["--distill_epochs=1"], "blind": ["--distill_epochs=1", "--repair=none"]}
+    distilled = ["--distill_epochs=1", "--distill_last=3", "--distill_labels=0.25"]
+    runs = {"repaired": [], "distilled": distilled, "blind": ["--distill_epochs=1", "--repair=none"]}
     logs, cards = {}, {}
     for name, flags in runs.items():
         assert command("--prune_mlp", "--export=hf", *flags, name=name) == 0
         logs[name] = next(Path("prune_log", name).glob("*/training.log")).read_text()
         cards[name] = Path("prune_log", name, "hf/README.md").read_text()
     assert len({Path("prune_log", name, "pruning_plan.json").read_text() for name in runs}) == 1
-    assert [name for name in runs if "distilled: loss against dense" in logs[name]] == ["distilled"]
-    assert [name for name in runs if "| epochs of blockwise distillation | `1` |" in cards[name]] == ["distilled"]
+    assert [name for name in runs if "layers 1 to 3 distilled: loss against dense" in logs[name]] == ["distilled"]
+    said = ("epochs of blockwise distillation | `1`", "next-token distributions | `3`", "next tokens in it | `0.25`")
+    for row in said:
+        assert [name for name in runs if row in cards[name]] == ["distilled"]
 
 
 def test_a_bias_that_the_repair_added_survives_the_checkpoint(command):

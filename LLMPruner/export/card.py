@@ -154,6 +154,8 @@ def _provenance(record: dict[str, Any]) -> str:
         "allocation": settings.get("pruning_strategy"),
         "repair": settings.get("repair"),
         "epochs of blockwise distillation": record.get("distill_epochs"),
+        "epochs of distillation of the whole model": record.get("distill_model_epochs"),
+        "last layers that learned next-token distributions": record.get("distill_last"),
         "share of the calibration text's next tokens in it": record.get("distill_labels"),
         "seed": record.get("seed"),
         "versions": ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items()),

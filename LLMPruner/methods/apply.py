@@ -50,7 +50,7 @@ def apply_plan(
     if method is None:
         distill_epochs = distill_model_epochs = 0
     taught = distill_model_epochs and _drifts(plan, layers)
-    blocks = list(_blocks(len(layers), distill_last or BLOCK))
+    blocks = list(_blocks(len(layers), BLOCK if distill_last is None else distill_last))
     last = TAUGHT if taught else _state(plan, blocks[-1], distill_epochs)  # of the last layer, which is changed last
     if method is None or not _drifts(plan, layers) or _finished(runner, layers[-1]) == last:
         for index in layers:

@@ -34,20 +34,22 @@ def cost(
         solved = [solving(setup, width, kept, setup.mine(windows) * seq_len) for width, kept in pairs]
         work += sum((part for part, _ in solved), start=Work()) * layers
         device = max(device + min(needed for _, needed in solved), *(needed for _, needed in solved))
-    states = 4
+    learning = 0
     last = min(last, layers)
-    taught = ((layers - last, BLOCK, epochs, False), (last, last, epochs, False), (layers, layers, model_epochs, True))
+    before = layers - last
+    taught = ((before, min(BLOCK, before), epochs, False), (last, last, epochs, False), (layers, layers, model_epochs, True))
     for count, together, times, outputs_only in taught:
         if times and count:
             learned = distilling(setup, count, tokens, seq_len, times, together=together, outputs_only=outputs_only)
-            work, device, states = work + learned[0], max(device, learned[1]), 5
-    if states > 4:
+            work, learning = work + learned[0], max(learning, learned[1])
+    if learning:
         rows = tokens * 3 // 4 * (epochs + model_epochs) // STRIDE
         work += setup.head_work(rows) + setup.head_work(rows, gradient=True)
-        device += setup.logits(seq_len, gradient=True)
+        learning += setup.logits(seq_len, gradient=True)
     passes = 1 + (epochs > 0) + (model_epochs > 0)
-    hidden = setup.hidden(tokens, states) + tokens * max(left) * setup.itemsize
-    return replace(total, work=work, device=device, hidden=hidden, passes=passes, head=states > 4)
+    hidden = setup.hidden(tokens, 4 + (learning > 0)) + tokens * max(left) * setup.itemsize
+    device = max(device, learning)
+    return replace(total, work=work, device=device, learning=learning, hidden=hidden, passes=passes, head=learning > 0)
 
 
 def solving(setup: Setup, columns: int, kept: int, tokens: int) -> tuple[Work, int]:

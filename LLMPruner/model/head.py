@@ -74,27 +74,34 @@ class Head:
         return total / hidden.shape[:-1].numel()
 
     @torch.no_grad()
-    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> float:
-        """Mean negative log-likelihood, nats a token, of `labels` `(tokens,)` from last hidden states `(tokens, hidden)`; of
-        labels that are IGNORED none."""
-        chunks = self._chunks(hidden, labels.to(self.store.device))
-        total = sum(self._nll(self.store.final_norm(rows), wanted).sum().item() for rows, wanted in chunks)
-        return total / (labels != IGNORED).sum().item()
+    def teaching_loss(self, hidden: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, share: float) -> float:
+        """What layers before the head learn by, mean nats a token: KL(reference || model) and, `share` of it, the negative
+        log-likelihood of `labels` `(tokens,)`, next tokens. Where these are IGNORED, the divergence alone.
+
+        `hidden` and `reference` are last hidden states `(tokens, hidden)`.
+        """
+        total = 0.0
+        for rows, wanted, right in self._chunks(hidden, reference, labels.to(hidden.device)):
+            ours, theirs = self._log_probs(rows), self._log_probs(wanted)
+            right = right.to(ours.device)[:, None]
+            own = _own(right, share)
+            divergence = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1, keepdim=True)
+            total += ((1 - own) * divergence - own * ours.gather(1, right.clamp_min(0))).sum().item()
+        return total / len(hidden)
 
     def teaching_gradient(
-        self, hidden: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, share: float = 0.0
+        self, hidden: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, share: float
     ) -> torch.Tensor:
-        """The gradient of `(1 - share) * divergence + share * cross_entropy` with respect to `hidden` `(tokens, hidden)`, where
-        labels are IGNORED that of the divergence alone.
+        """The gradient of `teaching_loss` with respect to `hidden`.
 
-        With respect to the logits it is the difference of two distributions: no logarithm is taken, or gone back through.
+        That with respect to the logits is the difference of two distributions: no logarithm is taken, or gone back through.
         """
 
         def answers(rows: torch.Tensor, wanted: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logits = self._logits(rows)
+            logits, right = self._logits(rows), right[:, None]
             with torch.no_grad():
-                own = share * (right != IGNORED)[:, None].to(logits.dtype)
-                theirs = self._logits(wanted).softmax(-1).mul_(1 - own).scatter_add_(1, right.clamp_min(0)[:, None], own)
+                own = _own(right, share)
+                theirs = self._logits(wanted).softmax(-1).mul_(1 - own).scatter_add_(1, right.clamp_min(0), own)
                 return logits, logits.softmax(-1).sub_(theirs)
 
         return _gradient(self._chunks(hidden, reference, labels.to(hidden.device)), answers) / len(hidden)
@@ -124,6 +131,11 @@ class Head:
         """Of all `rows` as many at a time as fit."""
         size = chunk_tokens(self.store.device, self.store.geometry.vocab_size)
         return zip(*(part.split(size) for part in rows), strict=True)
+
+
+def _own(labels: torch.Tensor, share: float) -> torch.Tensor:
+    """By how much each label counts, float32."""
+    return share * (labels != IGNORED).float()
 
 
 def _gradient(chunks: Chunks, answers: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:

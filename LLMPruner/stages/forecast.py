@@ -122,8 +122,8 @@ class Forecast:
         if kind == "disk":
             return "free some space, or use --no_save_model or fewer formats to export"
         cost = next(cost for cost in self.costs if cost.stage == row.stage)
-        if self.setup.resident and unstreamable and cost.stage.startswith("apply") and cost.head:
-            return "let fewer layers learn at once: --distill_last 5, --distill_model_epochs 0 or --distill_epochs 0"
+        if cost.learning and getattr(row, kind) - cost.learning < getattr(self.machine, kind):
+            return "let fewer layers learn at once: lower --distill_last, --distill_model_epochs or --distill_epochs"
         if self.setup.resident and unstreamable:
             return f"{unstreamable} needs all weights at once, without it --stream on leaves them on disk"
         if self.setup.resident:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from LLMPruner import parallel
-from LLMPruner.config import EXPORT_FORMATS, PROVENANCE_FILE, CommonConfig, EvalConfig, ExportConfig, PruneConfig
+from LLMPruner.config import DISTILLATION, EXPORT_FORMATS, PROVENANCE_FILE, CommonConfig, EvalConfig, ExportConfig, PruneConfig
 from LLMPruner.data.corpora import check_corpus
 from LLMPruner.data.mixture import check_mixture
 from LLMPruner.data.windows import PruneWindows, prune_windows
@@ -76,6 +76,11 @@ class PruneJob:
         return self.prune.distill_epochs > 0 and REPAIRS[self.prune.repair] is not None
 
     @property
+    def distills_model(self) -> bool:
+        """Whether the whole model is after that."""
+        return self.prune.distill_model_epochs > 0 and REPAIRS[self.prune.repair] is not None
+
+    @property
     def saves_finetuned(self) -> bool:
         """Whether a second checkpoint is written."""
         return self.save and self.finetune is not None
@@ -90,7 +95,7 @@ class PruneJob:
         wanted = {
             "--pruning_strategy search": self.prune.pruning_strategy == "search",
             "--self_samples": self.writes,
-            "--distill_model_epochs": self.prune.distill_model_epochs > 0 and REPAIRS[self.prune.repair] is not None,
+            "--distill_model_epochs": self.distills_model,
             "--finetune": self.finetune is not None,
         }
         return next((flag for flag, so in wanted.items() if so), None)
@@ -239,7 +244,7 @@ def load_search(job: PruneJob, folder: Path, budget: Budget) -> SearchState:
 
 def search_key(job: PruneJob) -> dict[str, Any]:
     """What a search's result depends on: an interrupted one is continued only under the same."""
-    repair = ("repair_samples", "self_samples", "distill_epochs", "distill_model_epochs", "distill_last", "distill_labels")
+    repair = ("repair_samples", "self_samples", *DISTILLATION)
     free = ("search_minutes", "search_generations", "layer_importance_file", *repair, *FREE)
     settings = {name: value for name, value in (asdict(job.common) | asdict(job.prune)).items() if name not in free}
     return {"format": STATE_FORMAT, "model": job.source.fingerprint(), **settings}

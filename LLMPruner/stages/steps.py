@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from LLMPruner import parallel
-from LLMPruner.config import CommonConfig, ExportConfig, PruneConfig
+from LLMPruner.config import DISTILLATION, CommonConfig, ExportConfig, PruneConfig
 from LLMPruner.data.windows import bos_token, interleaved, mixed
 from LLMPruner.importance.allocation import allocate, keep_best_units
 from LLMPruner.importance.budget import Budget, adds_bias
@@ -86,8 +86,7 @@ def apply(runner: LayerRunner, plan: PruningPlan, text: torch.Tensor | None, con
     """Slice the runner's model to `plan` and heal it on `text` `(n, seq_len)`, in place."""
     from LLMPruner.methods.apply import apply_plan
 
-    names = ("distill_epochs", "distill_model_epochs", "distill_last", "distill_labels")
-    distillation = {name: getattr(config, name) for name in names}
+    distillation = {name: getattr(config, name) for name in DISTILLATION}
     apply_plan(runner, plan, repair=config.repair, windows=text, seed=common.seed, **distillation)
 
 

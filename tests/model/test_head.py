@@ -70,12 +70,27 @@ def test_the_teaching_gradient_is_that_of_autograd(share):
     gradient = runner.head.teaching_gradient(hidden, reference, labels, share)
     assert all(weight.grad is None for weight in model.parameters()), "nor is the head's, which no pruning changes"
     ours, theirs = (model.lm_head(model.model.norm(rows)).log_softmax(-1) for rows in (leaf, reference))
+    share_given = share
     divergence, share = (theirs.exp() * (theirs - ours)).sum(-1), share * (labels != IGNORED)
     entropy = functional.nll_loss(ours, labels, ignore_index=IGNORED, reduction="none")
-    ((1 - share) * divergence + share * entropy).mean().backward()
+    loss = ((1 - share) * divergence + share * entropy).mean()
+    loss.backward()
     torch.testing.assert_close(gradient, leaf.grad)
-    seen = labels != IGNORED
-    assert runner.head.cross_entropy(hidden, labels) == pytest.approx(entropy[seen].mean().item(), rel=1e-5)
+    assert runner.head.teaching_loss(hidden, reference, labels, share_given) == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_what_is_taught_lies_anywhere_and_is_wider_than_the_model():
+    """Hidden states of a streamed model lie beside its device, and those of layers that learn are float32."""
+    model = tiny_model()
+    wide, reference = LayerRunner.of(model).layers(LayerRunner.of(model).embed(WINDOWS)).flatten(0, 1).split(20)[:2]
+    head = LayerRunner.of(model.to(torch.bfloat16)).head
+    labels, moved = torch.arange(20), []
+    losses = [head.teaching_loss(rows, reference, labels, 0.5) for rows in (wide, wide.bfloat16())]
+    assert losses[0] == pytest.approx(losses[1])
+    original = head._logits
+    head._logits = lambda rows: moved.append(rows.shape) or original(rows)
+    head.teaching_loss(wide, reference, labels, 1.0)
+    assert len(moved) == 2, "one place brings rows to the device"
 
 
 @pytest.mark.parametrize("rows", [1, 7])

@@ -106,7 +106,7 @@ def test_blocks_are_distilled_the_same(both, monkeypatch):
     models = both()
     plan = random_plan(models[0].plan.geometry, seed=4)
     for loaded in models:
-        apply_plan(loaded.runner, plan, repair="least_squares", windows=WINDOWS, distill_epochs=2)
+        apply_plan(loaded.runner, plan, repair="least_squares", windows=WINDOWS, distill_epochs=2, distill_labels=0.5)
     assert equal(*map(state, models))
     assert {models[1].store.finished.state(index) for index in range(4)} == {apply.DISTILLED}
 
@@ -187,6 +187,7 @@ def test_what_died_anywhere_goes_on_to_the_same_model(tmp_path, monkeypatch, sto
     monkeypatch.setattr(apply, "BLOCK", 2)
     plan = random_plan(geometry_of(tiny_model()), seed=2)
     options = {"repair": "least_squares", "windows": WINDOWS, "distill_epochs": epochs, "distill_model_epochs": epochs}
+    options["distill_labels"] = 0.5
     whole = LayerRunner.of(tiny_model())
     apply_plan(whole, plan, **options)
     dying, writes, write = LayerRunner.of(tiny_model()), [], FinishedLayers.write

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import half_pruned, random_windows
 
-from LLMPruner.config import ExportConfig
+from LLMPruner.config import CommonConfig, ExportConfig, PruneConfig
 from LLMPruner.evaluator.ppl import measure
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.load import LoadedModel, load_model
@@ -60,3 +60,11 @@ def test_an_export_has_the_runs_perplexity_on_its_card_and_is_on_its_record(load
 def test_no_export_is_no_stage(loaded, run):
     steps.export(run, loaded, ExportConfig())
     assert run.stages == [] and not Path(run.dir, "metrics.json").exists()
+
+
+def test_all_settings_of_what_is_learned_reach_the_model(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("LLMPruner.methods.apply.apply_plan", lambda *args, **options: seen.update(options))
+    asked = {"distill_epochs": 3, "distill_model_epochs": 2, "distill_last": 7, "distill_labels": 0.25}
+    steps.apply(None, None, None, PruneConfig(**asked), CommonConfig())
+    assert {name: value for name, value in seen.items() if name.startswith("distill")} == asked

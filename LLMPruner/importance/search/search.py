@@ -4,8 +4,8 @@ First every sublayer of the dense model is shrunk alone to a few of its levels, 
 measured; dynamic programming over parameters turns these costs into a start (ZipLM, Kurtic et al. 2023). But what a sublayer
 costs in the dense model is not what it costs in a pruned one. So plans evolve: a generation shifts every sublayer of the best
 plan alone, either way, and dynamic programming over what that costs there gives its offspring (EvoPress, Sieberling et al.
-2024, and Tyr, Li et al. 2025, shift at random, which takes many more trials). Generations look at one half of the windows and
-then at the other: what suits a few windows alone does not last.
+2024, and Tyr, Li et al. 2025, shift at random, which takes many more trials). Where there are several, they look at one half of
+the windows and then at the other: what suits a few windows alone does not last.
 KL and not perplexity is the fitness: perplexity would overfit its corpus. So does KL on one narrow corpus, which is why a part
 of the windows is the dense model's own text.
 """
