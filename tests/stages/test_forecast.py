@@ -120,8 +120,12 @@ def test_what_does_not_fit_names_the_flag_that_helps():
     bound = foreseen(8).missing("--self_samples")
     assert "--self_samples needs all weights at once" in bound[0]
     taught = {"distill_epochs": 2, "self_samples": 64, "repair_samples": 256}
-    (learning,) = foreseen(48, **taught).missing("--self_samples")
-    assert "stage apply" in learning and "--distill_last 5" in learning and not foreseen(48, distill_last=5, **taught).missing()
+    for gb, resident in ((48, True), (24, False)):
+        (learning,) = foreseen(gb, resident=resident, **taught).missing("--self_samples")
+        assert "stage apply" in learning and "lower --distill_last" in learning
+        assert not foreseen(gb, resident=resident, distill_last=5, **taught).missing()
+    many = foreseen(48, **taught | {"repair_samples": 20000}).missing("--self_samples")
+    assert many and "--distill" not in " ".join(many)
     full = replace(held, machine=replace(held.machine, disk=int(1e9)))
     assert any("--no_save_model" in sentence for sentence in full.missing())
 
