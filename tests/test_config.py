@@ -42,6 +42,8 @@ WRONG = [
     (PruneConfig, "self_samples", [-1], "--self_samples"),
     (PruneConfig, "distill_epochs", [-1], "--distill_epochs"),
     (PruneConfig, "distill_model_epochs", [-1], "--distill_model_epochs"),
+    (PruneConfig, "distill_last", [-1, 0], "--distill_last"),
+    (PruneConfig, "distill_labels", [-0.1, 1.1, NAN], "--distill_labels"),
     (CommonConfig, "seed", [-1, 2**32], "--seed"),
     (EfficiencyConfig, "prompt_tokens", [0], "--efficiency_prompt_tokens"),
     (EfficiencyConfig, "new_tokens", [0], "--efficiency_new_tokens"),
