@@ -185,7 +185,7 @@ class PruneConfig:
     distill_epochs: int = setting(0, "passes of blockwise distillation on the repair's windows, if any")
     distill_model_epochs: int = setting(0, "passes of distillation through the whole model after that, on the same windows")
     distill_last: int = setting(
-        10, "layers at the end that learn next-token distributions together, which takes memory; the others learn hidden states"
+        10, "layers at the end whose outputs learn next-token distributions together; the others learn hidden states"
     )
     distill_labels: float = setting(0.5, "share of the text's own next tokens in these, the rest is the dense model's")
     calibration_seq_len: int = setting(512, "tokens of a calibration window")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +43,7 @@ def apply_plan(
     With `distill_epochs`, every few healed layers are then distilled together, on windows in an order drawn by `seed`: from
     the first few that lost something on, whole layers among them learn too. The `distill_last` layers (None: as few) learn
     next-token distributions: the dense model's, mixed with the text's own next tokens in the share `distill_labels`. So do,
-    with `distill_model_epochs`, output projections and norms of all layers after that.
+    with `distill_model_epochs`, all layers after that.
     """
     method, layers = REPAIRS[repair], range(runner.num_layers)
     if method is None:
@@ -67,7 +66,7 @@ def apply_plan(
             learning.distill(runner, block, entering, streams, DISTILLED, distill_epochs)
     if taught:
         entering = runner.embed(windows)
-        learning.distill(runner, layers, entering, streams, TAUGHT, distill_model_epochs, outputs_only=True)
+        learning.distill(runner, layers, entering, streams, TAUGHT, distill_model_epochs)
 
 
 HEALED, DISTILLED, TAUGHT = "healed", "distilled", "taught"  # what was done to a finished layer
@@ -104,7 +103,6 @@ class _Learning:
         streams: Streams,
         state: str,
         epochs: int,
-        **options: Any,
     ) -> None:
         """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them."""
         order = training_order(self.text.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
@@ -112,7 +110,7 @@ class _Learning:
             return
         with runner.store.edited(layers, state):
             outputs, targets = streams.pruned, streams.dense
-            streams.pruned = distill_block(runner, layers, entering, outputs, targets, self.text, order=order, **options)
+            streams.pruned = distill_block(runner, layers, entering, outputs, targets, self.text, order=order)
 
 
 def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:

@@ -4,7 +4,8 @@ Gradient steps, but no gradient through the whole model, and never more than one
 pruned layers before pass on and is to give back the dense model's hidden states (block reconstruction: BRECQ, Li et al. 2021).
 It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost nothing. Behind
 the last layers there is only the head: they learn next-token distributions through it instead of hidden states, those of the
-dense model mixed with the text's own next tokens (Hinton et al. 2015).
+dense model mixed with the text's own next tokens (Hinton et al. 2015). Of these layers only outputs and norms learn:
+a third of the memory, most of the gain, and less is lost of what the text does not show.
 """
 
 from __future__ import annotations
@@ -61,7 +62,6 @@ def distill_block(
     text: Text,
     *,
     order: Sequence[int],
-    outputs_only: bool = False,
 ) -> torch.Tensor:
     """Train `layers`, in place, on the tokens that are not held out; keep the result where it is better on those that are.
 
@@ -73,12 +73,11 @@ def distill_block(
             share of the text's cross-entropy.
         text: what all of these are of.
         order: the windows, one a step: of `training_order`.
-        outputs_only: only output projections and norms learn: a third of the memory, most of the gain.
     Returns:
         What the layers now give, in place of `outputs`.
     """
     before = _distance(runner, layers, outputs, targets, text)
-    with _float32(runner, layers, outputs_only=outputs_only) as weights, deterministic():
+    with _float32(runner, layers) as weights, deterministic():
         _train(runner, layers, list(weights), inputs, targets, text, order)
     distilled = runner.layers(inputs, layers.start, layers.stop)
     after = _distance(runner, layers, distilled, targets, text)
@@ -98,16 +97,14 @@ def training_order(held_out: torch.Tensor, epochs: int, generator: torch.Generat
 
 
 @contextmanager
-def _float32(
-    runner: LayerRunner, layers: range, *, outputs_only: bool = False
-) -> Iterator[dict[torch.nn.Parameter, torch.Tensor]]:
+def _float32(runner: LayerRunner, layers: range) -> Iterator[dict[torch.nn.Parameter, torch.Tensor]]:
     """The weights that learn, trainable and in float32 as long as the context is open, with the values they had before.
 
     Afterwards what was learned is in the model's dtype; after an exception the weights are what they were.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(runner.store.layer(index)) for index in layers]
-        learning = (weight for layer in opened for weight in _learning(runner, layer, outputs_only=outputs_only))
+        learning = (weight for layer in opened for weight in _learning(runner, layer, outputs_only=_last(runner, layers)))
         before = {weight: (weight.data, weight.requires_grad) for weight in learning}
         try:
             for weight in before:

@@ -37,7 +37,7 @@ def cost(
     learning = 0
     last = min(last, layers)
     before = layers - last
-    taught = ((before, min(BLOCK, before), epochs, False), (last, last, epochs, False), (layers, layers, model_epochs, True))
+    taught = ((before, min(BLOCK, before), epochs, False), (last, last, epochs, True), (layers, layers, model_epochs, True))
     for count, together, times, outputs_only in taught:
         if times and count:
             learned = distilling(setup, count, tokens, seq_len, times, together=together, outputs_only=outputs_only)

@@ -91,7 +91,7 @@ def test_the_last_layers_come_closer_to_the_words_of_the_dense_model(changes, dt
 def test_of_all_layers_together_only_output_projections_and_norms_learn(changes, dtype):
     """From the first hidden states to the last, by the words of the dense model."""
     runner, before, inputs, outputs, targets = taught(dtype, layers=ALL, **changes)
-    found = distilled(runner, inputs, outputs, targets, layers=ALL, epochs=8, outputs_only=True)
+    found = distilled(runner, inputs, outputs, targets, layers=ALL, epochs=8)
     divergences = [runner.head.divergence(hidden[3::4], targets[3::4]) for hidden in (found, outputs)]
     assert divergences[0] < 0.9 * divergences[1]
     assert torch.equal(found, runner.layers(inputs))
@@ -368,14 +368,14 @@ def test_the_whole_model_is_distilled_last_on_its_own_windows(monkeypatch, epoch
             torch.testing.assert_close(targets, dense.layers(dense.embed(CALIBRATION)))
         assert torch.equal(text.windows, CALIBRATION) and text.labels == 0.25
         fitted = (~text.held_out).any(1).sum()
-        seen.append((layers, len(options["order"]) // fitted, options.get("outputs_only", False)))
+        seen.append((layers, len(options["order"]) // fitted))
         return distill_block(runner, layers, inputs, outputs, targets, text, **options)
 
     monkeypatch.setattr(apply, "BLOCK", 2)
     monkeypatch.setattr(apply, "distill_block", watched)
     options = {"distill_epochs": epochs, "distill_model_epochs": 3, "distill_labels": 0.25}
     apply_plan(LayerRunner.of(model), halved(geometry_of(model)), repair="least_squares", windows=CALIBRATION, **options)
-    assert seen == [(range(2), 1, False), (LAST, 1, False)][: 2 * epochs] + [(ALL, 3, True)]
+    assert seen == [(range(2), 1), (LAST, 1)][: 2 * epochs] + [(ALL, 3)]
 
 
 def test_so_many_last_layers_as_are_asked_for_learn_next_tokens_together(monkeypatch):
