@@ -133,6 +133,7 @@ PRESETS: dict[str, dict[str, str | int]] = {
 
 # Settings of what is learned after the closed forms.
 DISTILLATION = ("distill_epochs", "distill_model_epochs", "distill_last", "distill_labels")
+AFTER_SEARCH = ("repair_samples", "self_samples", *DISTILLATION)  # what no search depends on
 
 # What units are worth shows on less text than what weights are best: a repair has hundreds of thousands of them to fit.
 REPAIR_SHARE = 2

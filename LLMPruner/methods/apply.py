@@ -40,16 +40,14 @@ def apply_plan(
 
     Layers are walked in order on pruned activations: what a layer is healed on is what reaches it in the pruned model. The
     dense stream runs beside it, through each layer before that is sliced, and says what the layer should have answered.
-    With `distill_epochs`, every few healed layers are then distilled together, on windows in an order drawn by `seed`: from
-    the first few that lost something on, whole layers among them learn too. The `distill_last` layers (None: as few) learn
-    next-token distributions: the dense model's, mixed with the text's own next tokens in the share `distill_labels`. So do,
-    with `distill_model_epochs`, all layers after that.
+    With `distill_epochs`, every few healed layers, from the first that lose something on, are then distilled together, on
+    windows in an order drawn by `seed`. The `distill_last` layers (None: as few) learn next-token distributions, of which
+    `distill_labels` is the text's own share. So do, with `distill_model_epochs`, all layers after that.
     """
     method, layers = REPAIRS[repair], range(runner.num_layers)
     if method is None:
         distill_epochs = distill_model_epochs = 0
-    taught = distill_model_epochs and _drifts(plan, layers)
-    blocks = list(_blocks(len(layers), BLOCK if distill_last is None else distill_last))
+    taught, blocks = distill_model_epochs and _drifts(plan, layers), list(_blocks(len(layers), distill_last))
     last = TAUGHT if taught else _state(plan, blocks[-1], distill_epochs)  # of the last layer, which is changed last
     if method is None or not _drifts(plan, layers) or _finished(runner, layers[-1]) == last:
         for index in layers:
@@ -65,8 +63,7 @@ def apply_plan(
         if learns:
             learning.distill(runner, block, entering, streams, DISTILLED, distill_epochs)
     if taught:
-        entering = runner.embed(windows)
-        learning.distill(runner, layers, entering, streams, TAUGHT, distill_model_epochs)
+        learning.distill(runner, layers, runner.embed(windows), streams, TAUGHT, distill_model_epochs)
 
 
 HEALED, DISTILLED, TAUGHT = "healed", "distilled", "taught"  # what was done to a finished layer
@@ -118,10 +115,10 @@ def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
     return Streams(hidden, hidden, parallel.mine(held_out_tokens(*windows.shape)))
 
 
-def _blocks(num_layers: int, last: int) -> Iterator[range]:
+def _blocks(num_layers: int, last: int | None) -> Iterator[range]:
     """Layers that are distilled together: the `last` ones, and those before them a few at a time. Where they do not divide, the
     first block is the shorter one."""
-    first = max(0, num_layers - last)
+    first = max(0, num_layers - (BLOCK if last is None else last))
     for stop in range(first % BLOCK or BLOCK, first + 1, BLOCK):
         yield range(max(0, stop - BLOCK), stop)
     yield range(first, num_layers)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from LLMPruner import parallel
-from LLMPruner.config import DISTILLATION, EXPORT_FORMATS, PROVENANCE_FILE, CommonConfig, EvalConfig, ExportConfig, PruneConfig
+from LLMPruner.config import AFTER_SEARCH, EXPORT_FORMATS, PROVENANCE_FILE, CommonConfig, EvalConfig, ExportConfig, PruneConfig
 from LLMPruner.data.corpora import check_corpus
 from LLMPruner.data.mixture import check_mixture
 from LLMPruner.data.windows import PruneWindows, prune_windows
@@ -59,11 +59,8 @@ class PruneJob:
     @property
     def calibrates(self) -> bool:
         """Whether anything after the layer analysis reads calibration text."""
-        return (
-            CRITERIA[self.prune.importance].needs is not None
-            or REPAIRS[self.prune.repair] is not None
-            or self.prune.pruning_strategy == "search"
-        )
+        readers = CRITERIA[self.prune.importance].needs, REPAIRS[self.prune.repair]
+        return any(reader is not None for reader in readers) or self.prune.pruning_strategy == "search"
 
     @property
     def writes(self) -> bool:
@@ -77,7 +74,7 @@ class PruneJob:
 
     @property
     def distills_model(self) -> bool:
-        """Whether the whole model is after that."""
+        """Whether all layers are together, after that."""
         return self.prune.distill_model_epochs > 0 and REPAIRS[self.prune.repair] is not None
 
     @property
@@ -244,8 +241,7 @@ def load_search(job: PruneJob, folder: Path, budget: Budget) -> SearchState:
 
 def search_key(job: PruneJob) -> dict[str, Any]:
     """What a search's result depends on: an interrupted one is continued only under the same."""
-    repair = ("repair_samples", "self_samples", *DISTILLATION)
-    free = ("search_minutes", "search_generations", "layer_importance_file", *repair, *FREE)
+    free = ("search_minutes", "search_generations", "layer_importance_file", *AFTER_SEARCH, *FREE)
     settings = {name: value for name, value in (asdict(job.common) | asdict(job.prune)).items() if name not in free}
     return {"format": STATE_FORMAT, "model": job.source.fingerprint(), **settings}
 
