@@ -188,7 +188,9 @@ class PruneConfig:
     distill_last: int = setting(
         10, "layers at the end whose outputs learn next-token distributions together; the others learn hidden states"
     )
-    distill_labels: float = setting(0.5, "share of the text's own next tokens in these, the rest is the dense model's")
+    distill_labels: float = setting(
+        0.5, "share of the text's own next tokens in what those learn; the rest is the dense model's"
+    )
     calibration_seq_len: int = setting(512, "tokens of a calibration window")
     calibration_dataset: str = setting("wikitext2", "corpus to calibrate on (its train split), or a local text file")
     calibration_bos: str = setting("auto", "whether calibration windows begin with BOS; auto: where the tokenizer adds it")

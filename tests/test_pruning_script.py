@@ -157,6 +157,7 @@ def test_distillation_follows_the_repair_and_the_card_says_so(command):
     """The plan is the same, other weights than the repair's change; without a repair there is nothing to learn from."""
     distilled = ["--distill_epochs=1", "--distill_last=3", "--distill_labels=0.25"]
     runs = {"repaired": [], "distilled": distilled, "blind": ["--distill_epochs=1", "--repair=none"]}
+    runs["whole"] = ["--distill_model_epochs=1"]
     logs, cards = {}, {}
     for name, flags in runs.items():
         assert command("--prune_mlp", "--export=hf", *flags, name=name) == 0
@@ -167,6 +168,9 @@ def test_distillation_follows_the_repair_and_the_card_says_so(command):
     said = ("epochs of blockwise distillation | `1`", "next-token distributions | `3`", "next tokens in it | `0.25`")
     for row in said:
         assert [name for name in runs if row in cards[name]] == ["distilled"]
+    for row in ("of the whole model | `1`", "next tokens in it | `0.5`"):
+        assert [name for name in runs if row in cards[name]] == ["whole"]
+    assert "blockwise" not in cards["whole"] and "last layers" not in cards["whole"]
 
 
 def test_a_bias_that_the_repair_added_survives_the_checkpoint(command):

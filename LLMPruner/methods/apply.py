@@ -45,10 +45,9 @@ def apply_plan(
     `distill_labels` is the text's own share. So do, with `distill_model_epochs`, all layers after that.
     """
     method, layers = REPAIRS[repair], range(runner.num_layers)
-    if method is None:
-        distill_epochs = distill_model_epochs = 0
-    taught, blocks = distill_model_epochs and _drifts(plan, layers), list(_blocks(len(layers), distill_last))
-    last = TAUGHT if taught else _state(plan, blocks[-1], distill_epochs)  # of the last layer, which is changed last
+    blocks = list(_blocks(len(layers), distill_last))
+    # Of the last layer, which is changed last.
+    last = TAUGHT if distill_model_epochs else _state(plan, blocks[-1], distill_epochs)
     if method is None or not _drifts(plan, layers) or _finished(runner, layers[-1]) == last:
         for index in layers:
             _slice_layer(runner, index, plan)
@@ -62,7 +61,7 @@ def apply_plan(
             _heal_layer(runner, index, plan, method, streams)
         if learns:
             learning.distill(runner, block, entering, streams, DISTILLED, distill_epochs)
-    if taught:
+    if distill_model_epochs:
         learning.distill(runner, layers, runner.embed(windows), streams, TAUGHT, distill_model_epochs)
 
 
@@ -93,13 +92,7 @@ class _Learning:
         self.text, self.generator = text, torch.Generator().manual_seed(seed)
 
     def distill(
-        self,
-        runner: LayerRunner,
-        layers: range,
-        entering: torch.Tensor,
-        streams: Streams,
-        state: str,
-        epochs: int,
+        self, runner: LayerRunner, layers: range, entering: torch.Tensor, streams: Streams, state: str, epochs: int
     ) -> None:
         """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them."""
         order = training_order(self.text.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more

@@ -4,8 +4,8 @@ Gradient steps, but no gradient through the whole model, and never more than one
 pruned layers before pass on and is to give back the dense model's hidden states (block reconstruction: BRECQ, Li et al. 2021).
 It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost nothing. Behind
 the last layers there is only the head: they learn next-token distributions through it instead of hidden states, those of the
-dense model mixed with the text's own next tokens (Hinton et al. 2015). Of these layers only outputs and norms learn:
-a third of the memory, most of the gain, and less is lost of what the text does not show.
+dense model mixed with the text's own next tokens (Hinton et al. 2015). Of these layers output projections and norms alone
+learn: a third of the memory, most of the gain, and less is lost of what the text does not show.
 """
 
 from __future__ import annotations

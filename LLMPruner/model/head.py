@@ -81,9 +81,8 @@ class Head:
         `hidden` and `reference` are last hidden states `(tokens, hidden)`.
         """
         total = 0.0
-        for rows, wanted, right in self._chunks(hidden, reference, labels.to(hidden.device)):
-            ours, theirs = self._log_probs(rows), self._log_probs(wanted)
-            right = right.to(ours.device)[:, None]
+        for rows, wanted, right in self._chunks(hidden, reference, labels[:, None]):
+            ours, theirs, right = self._log_probs(rows), self._log_probs(wanted), right.to(self.store.device)
             own = _own(right, share)
             divergence = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1, keepdim=True)
             total += ((1 - own) * divergence - own * ours.gather(1, right.clamp_min(0))).sum().item()
@@ -98,13 +97,13 @@ class Head:
         """
 
         def answers(rows: torch.Tensor, wanted: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logits, right = self._logits(rows), right[:, None]
+            logits, right = self._logits(rows), right.to(self.store.device)
             with torch.no_grad():
                 own = _own(right, share)
                 theirs = self._logits(wanted).softmax(-1).mul_(1 - own).scatter_add_(1, right.clamp_min(0), own)
                 return logits, logits.softmax(-1).sub_(theirs)
 
-        return _gradient(self._chunks(hidden, reference, labels.to(hidden.device)), answers) / len(hidden)
+        return _gradient(self._chunks(hidden, reference, labels[:, None]), answers) / len(hidden)
 
     def loss_gradient(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """d(summed loss)/d(last hidden states)."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from LLMPruner import parallel
-from LLMPruner.config import DISTILLATION, PLAN_FILE
+from LLMPruner.config import PLAN_FILE
 from LLMPruner.files import write_text
 from LLMPruner.importance.budget import Budget
 from LLMPruner.importance.layer_analyzer import LayerImportance
@@ -83,7 +83,9 @@ def describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImport
 def record(job: PruneJob, loaded: LoadedModel, command: str) -> None:
     """Put the provenance beside the weights; `command` is the one that began the run."""
     written = {"written": f"and {job.prune.self_samples} windows that the dense model wrote"} if job.writes else {}
-    distilled = {name: getattr(job.prune, name) for name in DISTILLATION} if job.distills or job.distills_model else {}
+    learned = {"distill_epochs": job.distills, "distill_last": job.distills, "distill_model_epochs": job.distills_model}
+    learned["distill_labels"] = job.distills or job.distills_model
+    distilled = {name: getattr(job.prune, name) for name, so in learned.items() if so}
     loaded.provenance |= {
         "command": command,
         "seed": job.common.seed,

@@ -70,13 +70,12 @@ def test_the_teaching_gradient_is_that_of_autograd(share):
     gradient = runner.head.teaching_gradient(hidden, reference, labels, share)
     assert all(weight.grad is None for weight in model.parameters()), "nor is the head's, which no pruning changes"
     ours, theirs = (model.lm_head(model.model.norm(rows)).log_softmax(-1) for rows in (leaf, reference))
-    share_given = share
-    divergence, share = (theirs.exp() * (theirs - ours)).sum(-1), share * (labels != IGNORED)
+    divergence, own = (theirs.exp() * (theirs - ours)).sum(-1), share * (labels != IGNORED)
     entropy = functional.nll_loss(ours, labels, ignore_index=IGNORED, reduction="none")
-    loss = ((1 - share) * divergence + share * entropy).mean()
+    loss = ((1 - own) * divergence + own * entropy).mean()
     loss.backward()
     torch.testing.assert_close(gradient, leaf.grad)
-    assert runner.head.teaching_loss(hidden, reference, labels, share_given) == pytest.approx(loss.item(), rel=1e-5)
+    assert runner.head.teaching_loss(hidden, reference, labels, share) == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_what_is_taught_lies_anywhere_and_is_wider_than_the_model():
