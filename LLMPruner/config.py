@@ -113,7 +113,7 @@ class ExportConfig:
 
 
 # The published methods as points of one space, and the best one. `best` also repairs on more text, a fifth of it the model's
-# own, and distills on it block by block, which costs minutes and no quality elsewhere.
+# own, and distills on it, block by block and then as a whole, which costs minutes and no quality elsewhere.
 PRESETS: dict[str, dict[str, str | int]] = {
     "seed": {"importance": "taylor", "pruning_strategy": "inverse", "repair": "none"},
     "llm-pruner": {"importance": "taylor", "pruning_strategy": "uniform", "repair": "none"},
@@ -126,7 +126,8 @@ PRESETS: dict[str, dict[str, str | int]] = {
         "repair": "least_squares",
         "repair_samples": 256,
         "self_samples": 64,
-        "distill_epochs": 2,
+        "distill_epochs": 1,
+        "distill_model_epochs": 1,
     },
 }
 
@@ -183,11 +184,9 @@ class PruneConfig:
         None, f"calibration windows for the repair; default: {REPAIR_SHARE} times as many as for the unit scores"
     )
     self_samples: int = setting(0, "windows that the dense model writes itself, added to those of the repair, if any")
-    distill_epochs: int = setting(0, "passes of blockwise distillation on the repair's windows, if any")
-    distill_model_epochs: int = setting(0, "passes of distillation through the whole model after that, on the same windows")
-    distill_last: int = setting(
-        10, "layers at the end whose outputs learn next-token distributions together; the others learn hidden states"
-    )
+    distill_epochs: int = setting(0, "passes of blockwise distillation, of hidden states, on the repair's windows, if any")
+    distill_model_epochs: int = setting(0, "passes after that in which all layers learn next-token distributions together")
+    distill_last: int | None = setting(None, "of all layers only so many at the end do; default: all")
     distill_labels: float = setting(
         0.5, "share of the text's own next tokens in what those learn; the rest is the dense model's"
     )
@@ -200,10 +199,9 @@ class PruneConfig:
             raise UsageError(f"--pruning_ratio must lie in (0, 1), got {self.pruning_ratio}")
         if not (self.prune_attention or self.prune_mlp):
             raise UsageError("nothing to prune: --no_prune_attention needs --prune_mlp")
-        for name in ("round_to", "repair_samples"):
+        for name in ("round_to", "repair_samples", "distill_last"):
             if getattr(self, name) is not None:
                 require_at_least("--" + name, getattr(self, name), 1)
-        require_at_least("--distill_last", self.distill_last, 1)
         for name in ("self_samples", "distill_epochs", "distill_model_epochs"):
             require_at_least("--" + name, getattr(self, name), 0)
         if not 0 <= self.distill_labels <= 1:

@@ -155,7 +155,7 @@ def test_the_model_may_write_a_part_of_its_calibration_text(command):
 
 def test_distillation_follows_the_repair_and_the_card_says_so(command):
     """The plan is the same, other weights than the repair's change; without a repair there is nothing to learn from."""
-    distilled = ["--distill_epochs=1", "--distill_last=3", "--distill_labels=0.25"]
+    distilled = ["--distill_epochs=1", "--distill_model_epochs=2", "--distill_last=3", "--distill_labels=0.25"]
     runs = {"repaired": [], "distilled": distilled, "blind": ["--distill_epochs=1", "--repair=none"]}
     runs["whole"] = ["--distill_model_epochs=1"]
     logs, cards = {}, {}
@@ -165,10 +165,10 @@ def test_distillation_follows_the_repair_and_the_card_says_so(command):
         cards[name] = Path("prune_log", name, "hf/README.md").read_text()
     assert len({Path("prune_log", name, "pruning_plan.json").read_text() for name in runs}) == 1
     assert [name for name in runs if "layers 1 to 3 distilled: loss against dense" in logs[name]] == ["distilled"]
-    said = ("epochs of blockwise distillation | `1`", "next-token distributions | `3`", "next tokens in it | `0.25`")
+    said = ("epochs of blockwise distillation | `1`", "distributions | `2`", "last layers | `3`", "next tokens in it | `0.25`")
     for row in said:
         assert [name for name in runs if row in cards[name]] == ["distilled"]
-    for row in ("of the whole model | `1`", "next tokens in it | `0.5`"):
+    for row in ("by next-token distributions | `1`", "next tokens in it | `0.5`"):
         assert [name for name in runs if row in cards[name]] == ["whole"]
     assert "blockwise" not in cards["whole"] and "last layers" not in cards["whole"]
 

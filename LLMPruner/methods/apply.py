@@ -14,7 +14,7 @@ from LLMPruner import parallel
 from LLMPruner.data.windows import held_out_tokens
 from LLMPruner.families.family import Sublayer
 from LLMPruner.families.slicing import output_projection, slice_sublayer
-from LLMPruner.methods.block_distill import BLOCK, Text, distill_block, training_order
+from LLMPruner.methods.block_distill import BLOCK, HiddenStates, NextTokens, distill_block, training_order
 from LLMPruner.methods.evidence import Streams, entering_kept, gather_evidence
 from LLMPruner.methods.repair import REPAIRS, Healed, Repair
 from LLMPruner.model.forward import LayerRunner
@@ -40,29 +40,30 @@ def apply_plan(
 
     Layers are walked in order on pruned activations: what a layer is healed on is what reaches it in the pruned model. The
     dense stream runs beside it, through each layer before that is sliced, and says what the layer should have answered.
-    With `distill_epochs`, every few healed layers, from the first that lose something on, are then distilled together, on
-    windows in an order drawn by `seed`. The `distill_last` layers (None: as few) learn next-token distributions, of which
-    `distill_labels` is the text's own share. So do, with `distill_model_epochs`, all layers after that.
+    With `distill_epochs`, every few healed layers, from the first that lose something on, then learn the dense model's hidden
+    states together, on windows in an order drawn by `seed`. With `distill_model_epochs` all layers, or the `distill_last`,
+    learn next-token distributions after that, of which `distill_labels` is the text's own share.
     """
     method, layers = REPAIRS[repair], range(runner.num_layers)
-    blocks = list(_blocks(len(layers), distill_last))
-    # Of the last layer, which is changed last.
-    last = TAUGHT if distill_model_epochs else _state(plan, blocks[-1], distill_epochs)
+    blocks = list(_blocks(len(layers)))
+    last = TAUGHT if distill_model_epochs else _state(plan, blocks[-1], distill_epochs)  # of the layer changed last
     if method is None or not _drifts(plan, layers) or _finished(runner, layers[-1]) == last:
         for index in layers:
             _slice_layer(runner, index, plan)
         return
     streams = _streams(runner, windows)
-    learning = _Learning(Text(parallel.mine(windows), streams.held_out, distill_labels), seed)
+    learning, hidden_states = _Learning(seed), HiddenStates(streams.held_out)
     for block in blocks:
         learns = _state(plan, block, distill_epochs) == DISTILLED
         entering = streams.pruned if learns else None  # one stream is gigabytes: none is held without need
         for index in tqdm(block, desc=f"apply {block[0]} to {block[-1]}", disable=parallel.quiet(), leave=False):
             _heal_layer(runner, index, plan, method, streams)
         if learns:
-            learning.distill(runner, block, entering, streams, DISTILLED, distill_epochs)
+            learning.distill(runner, block, entering, streams, hidden_states, distill_epochs)
     if distill_model_epochs:
-        learning.distill(runner, layers, runner.embed(windows), streams, TAUGHT, distill_model_epochs)
+        end, goal = layers[-(distill_last or 0) :], NextTokens(streams.held_out, windows, distill_labels)
+        entering = runner.layers(runner.embed(windows), 0, end.start)
+        learning.distill(runner, end, entering, streams, goal, distill_model_epochs)
 
 
 HEALED, DISTILLED, TAUGHT = "healed", "distilled", "taught"  # what was done to a finished layer
@@ -86,21 +87,28 @@ def _finished(runner: LayerRunner, index: int) -> str | None:
 
 
 class _Learning:
-    """Distillation on the windows that are not held out, in an order that a seed draws, over all blocks of a run."""
+    """Distillation on the windows that are not held out, in an order that a seed draws, over all of a run."""
 
-    def __init__(self, text: Text, seed: int) -> None:
-        self.text, self.generator = text, torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
 
     def distill(
-        self, runner: LayerRunner, layers: range, entering: torch.Tensor, streams: Streams, state: str, epochs: int
+        self,
+        runner: LayerRunner,
+        layers: range,
+        entering: torch.Tensor,
+        streams: Streams,
+        goal: HiddenStates | NextTokens,
+        epochs: int,
     ) -> None:
         """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them."""
-        order = training_order(self.text.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
+        order = training_order(goal.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
+        state = TAUGHT if isinstance(goal, NextTokens) else DISTILLED
         if all(_finished(runner, index) == state for index in layers):
             return
         with runner.store.edited(layers, state):
             outputs, targets = streams.pruned, streams.dense
-            streams.pruned = distill_block(runner, layers, entering, outputs, targets, self.text, order=order)
+            streams.pruned = distill_block(runner, layers, entering, outputs, targets, goal, order=order)
 
 
 def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
@@ -108,13 +116,10 @@ def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:
     return Streams(hidden, hidden, parallel.mine(held_out_tokens(*windows.shape)))
 
 
-def _blocks(num_layers: int, last: int | None) -> Iterator[range]:
-    """Layers that are distilled together: the `last` ones, and those before them a few at a time. Where they do not divide, the
-    first block is the shorter one."""
-    first = max(0, num_layers - (BLOCK if last is None else last))
-    for stop in range(first % BLOCK or BLOCK, first + 1, BLOCK):
+def _blocks(num_layers: int) -> Iterator[range]:
+    """Layers that are distilled together, a few at a time. Where they do not divide, the first block is the shorter one."""
+    for stop in range(num_layers % BLOCK or BLOCK, num_layers + 1, BLOCK):
         yield range(max(0, stop - BLOCK), stop)
-    yield range(first, num_layers)
 
 
 def _heal_layer(runner: LayerRunner, index: int, plan: PruningPlan, method: Repair, streams: Streams) -> None:

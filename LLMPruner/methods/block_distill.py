@@ -1,11 +1,11 @@
-"""Blockwise distillation: the kept weights of a few layers in a row learn to answer as those layers did in the dense model.
+"""Distillation after the closed forms: what is kept of some layers in a row learns from the dense model, by gradient steps.
 
-Gradient steps, but no gradient through the whole model, and never more than one block in float32. Each block is given what the
-pruned layers before pass on and is to give back the dense model's hidden states (block reconstruction: BRECQ, Li et al. 2021).
-It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost nothing. Behind
-the last layers there is only the head: they learn next-token distributions through it instead of hidden states, those of the
-dense model mixed with the text's own next tokens (Hinton et al. 2015). Of these layers output projections and norms alone
-learn: a third of the memory, most of the gain, and less is lost of what the text does not show.
+Blocks of a few layers learn hidden states: each is given what the pruned layers before pass on and is to give back the dense
+model's (block reconstruction: BRECQ, Li et al. 2021). No gradient goes through the whole model, and never more than one block
+is in float32. It moves what no closed form does, all of a layer's weights at once, and errors that the next layers undo cost
+nothing. Layers that end at the head learn next-token distributions through it, those of the dense model mixed with the text's
+own next tokens (Hinton et al. 2015). Of these layers output projections and norms alone learn: a third of the memory, most of
+the gain, and less is lost of what the text does not show.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger("LLMPruner")
 # half-precision copies take 20 bytes a parameter, beside the model and the hidden states: of Llama-3-8B at 25%, 3.3 GB a layer.
 BLOCK = 5
 RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
-LAST_RATE = 3e-4  # of the last layers
+HEAD_RATE = 3e-4  # of layers that learn through the head
 FLOOR = 0.01  # relative squared distance below which a token is near enough
 # Of a window every so many tokens go through the head, other ones from step to step: neighbours say much the same, and the head
 # is what costs.
@@ -39,18 +39,57 @@ STRIDE = 4
 
 
 @dataclass(frozen=True)
-class Text:
-    """The windows `(n, seq_len)` of tokens that are distilled on, which of them are held out, and by how much the text's own
-    next tokens count where layers learn next-token distributions, beside the dense model's: 0 to 1."""
+class HiddenStates:
+    """What a block learns: the dense model's hidden states after it. `held_out` `(n, seq_len)` are the tokens to judge by."""
 
-    windows: torch.Tensor
     held_out: torch.Tensor
-    labels: float = 0.0
+    rate, outputs_only, distance_name = RATE, False, "log distance to"
 
-    @property
-    def next_tokens(self) -> torch.Tensor:
+    def taught(self, window: int, step: int) -> torch.Tensor:
+        """The tokens of a window that teach in a step."""
+        return (~self.held_out[window]).nonzero().flatten()
+
+    def pull(self, runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, window: int, tokens: torch.Tensor) -> None:
+        """Go back from the hidden states `(tokens, hidden)` of some tokens of a window, which should be `targets`."""
+        _log_distances(hidden, targets).mean().backward()
+
+    def distance(self, runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor) -> float:
+        """How far `hidden` is from `targets` on the tokens held out, both `(n, seq_len, hidden)`: batch by batch."""
+        total, held_out = 0.0, self.held_out
+        for batch in runner.batches(*held_out.shape):
+            ours, theirs = (fetch(states, batch, runner.device) for states in (hidden, targets))
+            total += float64(_log_distances(ours, theirs)[held_out[batch].to(runner.device)]).sum().item()
+        return total / held_out.sum().item()
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """What layers before the head learn: next-token distributions, of which `labels`, 0 to 1, is the share of the next tokens
+    of the text itself, `windows` `(n, seq_len)`; the rest is the dense model's. Learned and judged on every few tokens."""
+
+    held_out: torch.Tensor
+    windows: torch.Tensor
+    labels: float = 0.0
+    rate, outputs_only, distance_name = HEAD_RATE, True, "loss against"
+
+    def taught(self, window: int, step: int) -> torch.Tensor:
+        """The tokens of a window that teach in a step."""
+        fitted = (~self.held_out[window]).nonzero().flatten()
+        return fitted[step % min(STRIDE, len(fitted)) :: STRIDE]
+
+    def pull(self, runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, window: int, tokens: torch.Tensor) -> None:
+        """Go back from the last hidden states `(tokens, hidden)` of some tokens of a window, which should be `targets`."""
+        hidden.backward(runner.head.teaching_gradient(hidden, targets, self._next(window)[tokens], self.labels))
+
+    def distance(self, runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor) -> float:
+        """What is learned by, of the tokens held out: of last hidden states, both `(n, seq_len, hidden)`."""
+        chosen = self.held_out.flatten().nonzero().flatten()[::STRIDE]
+        ours, theirs = (states.flatten(0, 1)[chosen.to(states.device)] for states in (hidden, targets))
+        return runner.head.teaching_loss(ours, theirs, self._next(slice(None)).flatten()[chosen], self.labels)
+
+    def _next(self, windows: int | slice) -> torch.Tensor:
         """The label of every token; the last of a window has none."""
-        return functional.pad(self.windows[:, 1:], (0, 1), value=IGNORED)
+        return functional.pad(self.windows[windows][..., 1:], (0, 1), value=IGNORED)
 
 
 def distill_block(
@@ -59,7 +98,7 @@ def distill_block(
     inputs: torch.Tensor,
     outputs: torch.Tensor,
     targets: torch.Tensor,
-    text: Text,
+    goal: HiddenStates | NextTokens,
     *,
     order: Sequence[int],
 ) -> torch.Tensor:
@@ -69,20 +108,19 @@ def distill_block(
 
     Args:
         inputs, outputs: hidden states `(n, seq_len, hidden)` of the pruned model before and after the layers.
-        targets: those of the dense model after them. Of the model's last layers the distance is KL(dense || model), with its
-            share of the text's cross-entropy.
-        text: what all of these are of.
+        targets: those of the dense model after them.
+        goal: what the layers learn of these; next tokens only where the head comes next.
         order: the windows, one a step: of `training_order`.
     Returns:
         What the layers now give, in place of `outputs`.
     """
-    before = _distance(runner, layers, outputs, targets, text)
-    with _float32(runner, layers) as weights, deterministic():
-        _train(runner, layers, list(weights), inputs, targets, text, order)
+    before = goal.distance(runner, outputs, targets)
+    with _float32(runner, layers, outputs_only=goal.outputs_only) as weights, deterministic():
+        _train(runner, layers, list(weights), inputs, targets, goal, order)
     distilled = runner.layers(inputs, layers.start, layers.stop)
-    after = _distance(runner, layers, distilled, targets, text)
-    verdict, name = "" if after < before else ", not kept", "loss against" if _last(runner, layers) else "log distance to"
-    logger.info("layers %d to %d distilled: %s dense %.5f to %.5f%s", layers[0], layers[-1], name, before, after, verdict)
+    after = goal.distance(runner, distilled, targets)
+    verdict, called = "" if after < before else ", not kept", f"{goal.distance_name} dense"
+    logger.info("layers %d to %d distilled: %s %.5f to %.5f%s", layers[0], layers[-1], called, before, after, verdict)
     if after < before:  # not where it is NaN
         return distilled
     for weight, healed in weights.items():
@@ -97,14 +135,14 @@ def training_order(held_out: torch.Tensor, epochs: int, generator: torch.Generat
 
 
 @contextmanager
-def _float32(runner: LayerRunner, layers: range) -> Iterator[dict[torch.nn.Parameter, torch.Tensor]]:
+def _float32(runner: LayerRunner, layers: range, *, outputs_only: bool) -> Iterator[dict[torch.nn.Parameter, torch.Tensor]]:
     """The weights that learn, trainable and in float32 as long as the context is open, with the values they had before.
 
     Afterwards what was learned is in the model's dtype; after an exception the weights are what they were.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(runner.store.layer(index)) for index in layers]
-        learning = (weight for layer in opened for weight in _learning(runner, layer, outputs_only=_last(runner, layers)))
+        learning = (weight for layer in opened for weight in _learning(runner, layer, outputs_only=outputs_only))
         before = {weight: (weight.data, weight.requires_grad) for weight in learning}
         try:
             for weight in before:
@@ -141,37 +179,26 @@ def _train(
     weights: list[torch.nn.Parameter],
     inputs: torch.Tensor,
     targets: torch.Tensor,
-    text: Text,
+    goal: HiddenStates | NextTokens,
     order: Sequence[int],
 ) -> None:
     """Adam on float32 weights; the arithmetic of a half-precision model stays in half precision."""
-    last, labels = _last(runner, layers), text.next_tokens
-    optimizer = torch.optim.Adam(weights, lr=LAST_RATE if last else RATE, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.Adam(weights, lr=goal.rate, betas=(0.9, 0.95), fused=True)
     rate = lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / len(order))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     half = torch.autocast(runner.device.type, torch.bfloat16, enabled=inputs.dtype != torch.float32)
     for step, window in enumerate(tqdm(order, desc=f"distill {layers[0]} to {layers[-1]}", disable=None, leave=False)):
-        fitted = (~text.held_out[window]).nonzero().flatten()
-        if last:
-            fitted = fitted[step % min(STRIDE, len(fitted)) :: STRIDE]
+        tokens, one = goal.taught(window, step), slice(window, window + 1)
         optimizer.zero_grad()
         with torch.enable_grad():
-            one, seen = slice(window, window + 1), fitted.to(runner.device)
+            seen = tokens.to(runner.device)
             hidden, wanted = fetch(inputs, one, runner.device), fetch(targets, one, runner.device)[0, seen]
             with half:
                 for index in layers:
                     hidden = runner.differentiable_layer(index, hidden)
-            hidden = hidden[0, seen]
-            if last:
-                hidden.backward(runner.head.teaching_gradient(hidden, wanted, labels[window, fitted], text.labels))
-            else:
-                _log_distances(hidden, wanted).mean().backward()
+            goal.pull(runner, hidden[0, seen], wanted, window, tokens)
         optimizer.step()
         schedule.step()
-
-
-def _last(runner: LayerRunner, layers: range) -> bool:
-    return layers.stop == runner.num_layers
 
 
 def _log_distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -182,23 +209,3 @@ def _log_distances(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     targets = targets.float()
     scale = targets.square().mean(-1).clamp_min(1e-20)  # a stream of zeros; its inverse must not overflow
     return (FLOOR + (hidden.float() - targets).square().mean(-1) / scale).log()
-
-
-def _distance(runner: LayerRunner, layers: range, hidden: torch.Tensor, targets: torch.Tensor, text: Text) -> float:
-    """How far `hidden`, after `layers`, is from `targets` on the tokens held out: the mean of `_log_distances`, batch by batch.
-    After the last layer it is what these learn by, of every `STRIDE`th token."""
-    held_out = text.held_out
-    if _last(runner, layers):
-        return _head_distance(runner, hidden.flatten(0, 1), targets.flatten(0, 1), text)
-    total = 0.0
-    for batch in runner.batches(*held_out.shape):
-        ours, theirs = (fetch(states, batch, runner.device) for states in (hidden, targets))
-        total += float64(_log_distances(ours, theirs)[held_out[batch].to(runner.device)]).sum().item()
-    return total / held_out.sum().item()
-
-
-def _head_distance(runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, text: Text) -> float:
-    """What the last layers learn by, of held-out tokens of `(tokens, hidden)`."""
-    chosen = text.held_out.flatten().nonzero().flatten()[::STRIDE]
-    seen = chosen.to(hidden.device)
-    return runner.head.teaching_loss(hidden[seen], targets[seen], text.next_tokens.flatten()[chosen], text.labels)

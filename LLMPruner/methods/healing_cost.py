@@ -11,7 +11,7 @@ BLOCK, STRIDE = 5, 4  # as block_distill.py, which imports torch: a test holds t
 
 
 def cost(
-    setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int = 0, model_epochs: int = 0, last: int = BLOCK
+    setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int = 0, model_epochs: int = 0, last: int | None = None
 ) -> Cost:
     """What slicing and healing costs, distillation of blocks included, as if every sublayer lost the same share.
 
@@ -35,21 +35,20 @@ def cost(
         work += sum((part for part, _ in solved), start=Work()) * layers
         device = max(device + min(needed for _, needed in solved), *(needed for _, needed in solved))
     learning = 0
-    last = min(last, layers)
-    before = layers - last
-    taught = ((before, min(BLOCK, before), epochs, False), (last, last, epochs, True), (layers, layers, model_epochs, True))
+    last = min(last or layers, layers)
+    taught = ((layers, min(BLOCK, layers), epochs, False), (last, last, model_epochs, True))
     for count, together, times, outputs_only in taught:
-        if times and count:
+        if times:
             learned = distilling(setup, count, tokens, seq_len, times, together=together, outputs_only=outputs_only)
             work, learning = work + learned[0], max(learning, learned[1])
-    if learning:
-        rows = tokens * 3 // 4 * (epochs + model_epochs) // STRIDE
+    if model_epochs:
+        rows = tokens * 3 // 4 * model_epochs // STRIDE
         work += setup.head_work(rows) + setup.head_work(rows, gradient=True)
         learning += setup.logits(seq_len, gradient=True)
     passes = 1 + (epochs > 0) + (model_epochs > 0)
     hidden = setup.hidden(tokens, 4 + (learning > 0)) + tokens * max(left) * setup.itemsize
     device = max(device, learning)
-    return replace(total, work=work, device=device, learning=learning, hidden=hidden, passes=passes, head=learning > 0)
+    return replace(total, work=work, device=device, learning=learning, hidden=hidden, passes=passes, head=model_epochs > 0)
 
 
 def solving(setup: Setup, columns: int, kept: int, tokens: int) -> tuple[Work, int]:
@@ -76,7 +75,7 @@ def distilling(
     """Work of `layers` that learn, and bytes of so many `together`: rough, for a layer that lost nothing is not trained.
 
     A step is one window: forward, back to the weights and to the inputs, and Adam, which reads and writes 40 bytes a
-    parameter. What goes through the head, every `STRIDE`th token of the last layers, twice forward and once back, is not in it.
+    parameter. What goes through the head, every `STRIDE`th token, twice forward and once back, is not in it.
     """
     every, outputs = setup.layer_params(pruned=True), setup.geometry.hidden_size * sum(setup.columns(pruned=True))
     learning, fitted = outputs if outputs_only else every, tokens * 3 // 4 * epochs

@@ -77,7 +77,7 @@ class Yardstick:
 
 def default_job(job: PruneJob) -> PruneJob | None:
     """The same job by the defaults; None where they cannot meet its budget."""
-    ours = {*PRESETS["best"], "distill_model_epochs", "allow_sublayer_removal"}
+    ours = {*PRESETS["best"], "allow_sublayer_removal"}
     plain = replace(job.prune, **{field.name: field.default for field in fields(PruneConfig) if field.name in ours})
     try:
         make_budget(job.source.geometry, plain)

@@ -123,7 +123,7 @@ class Forecast:
             return "free some space, or use --no_save_model or fewer formats to export"
         cost = next(cost for cost in self.costs if cost.stage == row.stage)
         if cost.learning and getattr(row, kind) - cost.learning < getattr(self.machine, kind):
-            return "let fewer layers learn at once: lower --distill_last, --distill_model_epochs or --distill_epochs"
+            return "let fewer layers learn at once: lower --distill_last, or --distill_model_epochs and --distill_epochs"
         if self.setup.resident and unstreamable:
             return f"{unstreamable} needs all weights at once, without it --stream on leaves them on disk"
         if self.setup.resident:

@@ -69,12 +69,12 @@ class PruneJob:
 
     @property
     def distills(self) -> bool:
-        """Whether healed layers are trained towards the dense model's; this needs the repair's windows."""
+        """Whether healed layers learn the dense model's hidden states; this needs the repair's windows."""
         return self.prune.distill_epochs > 0 and REPAIRS[self.prune.repair] is not None
 
     @property
     def distills_model(self) -> bool:
-        """Whether all layers are together, after that."""
+        """Whether all layers, or the last of them, learn through the head after that."""
         return self.prune.distill_model_epochs > 0 and REPAIRS[self.prune.repair] is not None
 
     @property
@@ -92,7 +92,7 @@ class PruneJob:
         wanted = {
             "--pruning_strategy search": self.prune.pruning_strategy == "search",
             "--self_samples": self.writes,
-            "--distill_model_epochs": self.distills_model,
+            "--distill_model_epochs": self.distills_model and self.prune.distill_last is None,
             "--finetune": self.finetune is not None,
         }
         return next((flag for flag, so in wanted.items() if so), None)
@@ -100,7 +100,7 @@ class PruneJob:
     @property
     def undivided(self) -> str | None:
         """What of the job one process does alone; None where several can share all of it."""
-        return self.unstreamable or ("--distill_epochs" if self.distills else None)
+        return self.unstreamable or ("--distill_epochs" if self.distills else "--distill_last" if self.distills_model else None)
 
     def windows(self, tokenizer: Any) -> PruneWindows:
         """The token windows of every stage."""

@@ -83,8 +83,8 @@ def describe(job: PruneJob, run: Run, plan: PruningPlan, importance: LayerImport
 def record(job: PruneJob, loaded: LoadedModel, command: str) -> None:
     """Put the provenance beside the weights; `command` is the one that began the run."""
     written = {"written": f"and {job.prune.self_samples} windows that the dense model wrote"} if job.writes else {}
-    learned = {"distill_epochs": job.distills, "distill_last": job.distills, "distill_model_epochs": job.distills_model}
-    learned["distill_labels"] = job.distills or job.distills_model
+    by_head = ("distill_model_epochs", "distill_last", "distill_labels")
+    learned = {"distill_epochs": job.distills} | dict.fromkeys(by_head, job.distills_model)
     distilled = {name: getattr(job.prune, name) for name, so in learned.items() if so}
     loaded.provenance |= {
         "command": command,

@@ -13,7 +13,15 @@ from LLMPruner.data.windows import IGNORED, load_windows
 from LLMPruner.evaluator.ppl import perplexity
 from LLMPruner.methods import apply
 from LLMPruner.methods.apply import apply_plan
-from LLMPruner.methods.block_distill import FLOOR, STRIDE, Text, _distance, _log_distances, distill_block, training_order
+from LLMPruner.methods.block_distill import (
+    FLOOR,
+    STRIDE,
+    HiddenStates,
+    NextTokens,
+    _log_distances,
+    distill_block,
+    training_order,
+)
 from LLMPruner.model.forward import LayerRunner
 from LLMPruner.model.head import Head
 from LLMPruner.model.load import load_model
@@ -56,7 +64,8 @@ def distilled(
     held_out = torch.zeros(CALIBRATION.shape, dtype=torch.bool)
     held_out[held - 1 :: held] = True
     order = training_order(held_out, epochs, torch.Generator().manual_seed(seed))
-    return distill_block(runner, layers, inputs, outputs, targets, Text(windows, held_out, labels), order=order, **options)
+    goal = NextTokens(held_out, windows, labels) if layers.stop == ALL.stop else HiddenStates(held_out)
+    return distill_block(runner, layers, inputs, outputs, targets, goal, order=order, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,9 +134,9 @@ def test_what_is_worse_on_windows_held_out_is_taken_back(dtype, layers, caplog):
 def test_the_last_layers_are_judged_by_words_and_not_by_hidden_states():
     """What lies further from hidden states but gives their words is nearer, and what is near them without is not."""
     runner, _, _, outputs, targets = taught(layers=LAST)
-    everything = Text(CALIBRATION, torch.ones(CALIBRATION.shape, dtype=torch.bool))
-    for layers, words in ((LAST, True), (MIDDLE, False)):
-        far, near = (_distance(runner, layers, hidden, targets, everything) for hidden in (9 * targets, outputs))
+    everything = torch.ones(CALIBRATION.shape, dtype=torch.bool)
+    for goal, words in ((NextTokens(everything, CALIBRATION), True), (HiddenStates(everything), False)):
+        far, near = (goal.distance(runner, hidden, targets) for hidden in (9 * targets, outputs))
         assert (far < near) == words
 
 
@@ -179,9 +188,9 @@ def test_what_is_kept_of_the_last_layers_is_judged_by_what_they_learn():
     seen = [hidden.flatten(0, 1)[::STRIDE] for hidden in (outputs, targets)]
     labels = torch.cat([CALIBRATION[:, 1:], torch.full((20, 1), IGNORED)], 1).flatten()[::STRIDE]
     for share in (0.0, 0.25, 1.0):
-        found = _distance(runner, LAST, outputs, targets, Text(CALIBRATION, held_out, share))
+        found = NextTokens(held_out, CALIBRATION, share).distance(runner, outputs, targets)
         assert found == runner.head.teaching_loss(*seen, labels, share)
-    assert _distance(runner, LAST, outputs, targets, Text(CALIBRATION, held_out)) == runner.head.divergence(*seen)
+    assert NextTokens(held_out, CALIBRATION).distance(runner, outputs, targets) == runner.head.divergence(*seen)
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 16])
@@ -198,8 +207,8 @@ def test_windows_shorter_than_the_stride_teach_too(windows, length, caplog):
     model = tiny_model()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Head, "teaching_gradient", watched)
-        options = {"windows": CALIBRATION[:windows, :length], "distill_epochs": 4, "distill_labels": 0.5, "distill_last": 2}
-        apply_plan(LayerRunner.of(model), halved(geometry_of(model)), repair="least_squares", **options)
+        options = {"windows": CALIBRATION[:windows, :length], "distill_labels": 0.5, "distill_last": 2}
+        apply_plan(LayerRunner.of(model), halved(geometry_of(model)), repair="least_squares", distill_model_epochs=4, **options)
     assert len(taken) == 4 * (windows if windows < 4 else windows - windows // 4) and min(taken) > 0
     assert "layers 2 to 3 distilled: loss against dense" in caplog.text and "nan" not in caplog.text
 
@@ -224,7 +233,7 @@ def test_of_windows_held_out_in_part_only_the_rest_teaches():
         held_out[:, 12:] = True
         targets[held_out] *= change
         order = training_order(held_out, 4, torch.Generator().manual_seed(0))
-        distill_block(runner, range(1, 3), inputs, outputs, targets, Text(CALIBRATION, held_out), order=order)
+        distill_block(runner, range(1, 3), inputs, outputs, targets, HiddenStates(held_out), order=order)
         weights.append(layer_of(runner, 2).mlp.down_proj.weight)
     assert torch.equal(*weights) and not torch.equal(weights[0], layer_of(taught()[0], 2).mlp.down_proj.weight)
 
@@ -361,38 +370,38 @@ def test_the_whole_model_is_distilled_last_on_its_own_windows(monkeypatch, epoch
     """After the blocks, if any: from the windows' embeddings to what the dense model gives in the end."""
     model, dense, seen = tiny_model(), LayerRunner.of(tiny_model()), []
 
-    def watched(runner, layers, inputs, outputs, targets, text, **options):
-        if layers == ALL:
+    def watched(runner, layers, inputs, outputs, targets, goal, **options):
+        if isinstance(goal, NextTokens):
             assert torch.equal(inputs, runner.embed(CALIBRATION))
             torch.testing.assert_close(outputs, runner.layers(inputs))
             torch.testing.assert_close(targets, dense.layers(dense.embed(CALIBRATION)))
-        assert torch.equal(text.windows, CALIBRATION) and text.labels == 0.25
-        fitted = (~text.held_out).any(1).sum()
-        seen.append((layers, len(options["order"]) // fitted))
-        return distill_block(runner, layers, inputs, outputs, targets, text, **options)
+            assert torch.equal(goal.windows, CALIBRATION) and goal.labels == 0.25
+        fitted = (~goal.held_out).any(1).sum()
+        seen.append((layers, type(goal), len(options["order"]) // fitted))
+        return distill_block(runner, layers, inputs, outputs, targets, goal, **options)
 
     monkeypatch.setattr(apply, "BLOCK", 2)
     monkeypatch.setattr(apply, "distill_block", watched)
     options = {"distill_epochs": epochs, "distill_model_epochs": 3, "distill_labels": 0.25}
     apply_plan(LayerRunner.of(model), halved(geometry_of(model)), repair="least_squares", windows=CALIBRATION, **options)
-    assert seen == [(range(2), 1), (LAST, 1)][: 2 * epochs] + [(ALL, 3)]
+    assert seen == [(range(2), HiddenStates, 1), (LAST, HiddenStates, 1)][: 2 * epochs] + [(ALL, NextTokens, 3)]
 
 
-def test_so_many_last_layers_as_are_asked_for_learn_next_tokens_together(monkeypatch):
+@pytest.mark.parametrize("last, first", [(None, 0), (1, 3), (3, 1), (10, 0)])
+def test_so_many_last_layers_as_are_asked_for_learn_next_tokens_together(monkeypatch, last, first):
+    """From what the healed layers before them pass on."""
     seen = []
 
-    def watched(runner, layers, inputs, outputs, targets, text, **options):
-        seen.append((layers, text.labels))
+    def watched(runner, layers, inputs, outputs, targets, goal, **options):
+        torch.testing.assert_close(inputs, runner.layers(runner.embed(CALIBRATION), 0, layers.start))
+        seen.append((layers, goal.labels))
         return outputs
 
-    monkeypatch.setattr(apply, "BLOCK", 2)
     monkeypatch.setattr(apply, "distill_block", watched)
-    for last in (None, 1, 3, 10):
-        model = tiny_model()
-        options = {"windows": CALIBRATION, "distill_epochs": 1, "distill_last": last, "distill_labels": 0.5}
-        apply_plan(LayerRunner.of(model), halved(geometry_of(model)), repair="least_squares", **options)
-    by_twos, one, three, all_of_them = [(0, 2), (2, 4)], [(0, 1), (1, 3), (3, 4)], [(0, 1), (1, 4)], [(0, 4)]
-    assert seen == [(range(*ends), 0.5) for ends in (*by_twos, *one, *three, *all_of_them)]
+    model = tiny_model()
+    options = {"windows": CALIBRATION, "distill_model_epochs": 1, "distill_last": last, "distill_labels": 0.5}
+    apply_plan(LayerRunner.of(model), halved(geometry_of(model)), repair="least_squares", **options)
+    assert seen == [(range(first, 4), 0.5)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -407,24 +416,22 @@ def test_layers_without_sublayers_are_distilled(monkeypatch, caplog, removed, dt
     plan = (
         PruningPlan.dense(geometry_of(model)).with_layer(attention, LayerPlan((), (0, 1))).with_layer(mlp, LayerPlan((0,), ()))
     )
-    options = {"windows": CALIBRATION, "distill_epochs": 1, "distill_labels": 0.5}
+    options = {"windows": CALIBRATION, "distill_epochs": 1, "distill_model_epochs": 1, "distill_labels": 0.5}
     apply_plan(LayerRunner.of(model), plan, repair="least_squares", **options)
-    assert "to 3 distilled: loss against dense" in caplog.text
+    assert "layers 0 to 3 distilled: loss against dense" in caplog.text
     assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("last", [1, 5, 10, 50])
 @pytest.mark.parametrize("num_layers", range(1, 32))
-def test_the_last_layers_learn_together_and_those_before_them_in_blocks_of_which_the_first_is_the_shorter(num_layers, last):
-    *blocks, end = list(apply._blocks(num_layers, last))
-    assert [index for block in (*blocks, end) for index in block] == list(range(num_layers))
-    assert len(end) == min(last, num_layers)
-    assert all(len(block) == apply.BLOCK for block in blocks[1:]) and all(0 < len(block) <= apply.BLOCK for block in blocks)
+def test_the_layers_learn_in_blocks_of_which_the_first_is_the_shorter(num_layers):
+    blocks = list(apply._blocks(num_layers))
+    assert [index for block in blocks for index in block] == list(range(num_layers))
+    assert all(len(block) == apply.BLOCK for block in blocks[1:]) and 0 < len(blocks[0]) <= apply.BLOCK
 
 
-@pytest.mark.parametrize("few", [2, 5])
-def test_distillation_lowers_the_perplexity_of_a_repaired_model(monkeypatch, trained_dir, data_dir, tokenizer, few):
-    monkeypatch.setattr(apply, "BLOCK", few)
+@pytest.mark.parametrize("passes", ["distill_epochs", "distill_model_epochs"])
+def test_distillation_lowers_the_perplexity_of_a_repaired_model(monkeypatch, trained_dir, data_dir, tokenizer, passes):
+    monkeypatch.setattr(apply, "BLOCK", 2)
 
     def windows(split, samples):
         return load_windows(tokenizer, "wikitext2", split, seq_len=64, samples=samples, data_dir=str(data_dir))
@@ -432,7 +439,7 @@ def test_distillation_lowers_the_perplexity_of_a_repaired_model(monkeypatch, tra
     source, measured = find_model(str(trained_dir), "--base_model"), []
     for epochs in (0, 4):
         model = load_model(source, dtype="float32", device="cpu").model
-        options = {"repair": "least_squares", "windows": windows("train", 60), "distill_epochs": epochs}
+        options = {"repair": "least_squares", "windows": windows("train", 60), passes: epochs}
         apply_plan(LayerRunner.of(model), halved(source.geometry), **options)
         measured.append(perplexity(model, windows("test", 40)))
     assert measured[1] < 0.98 * measured[0], measured

@@ -101,14 +101,16 @@ def test_the_healed_model_is_the_same_and_so_are_its_bin_and_what_is_read_of_it(
     assert is_removed(again.store._layers[2].self_attn)
 
 
-def test_blocks_are_distilled_the_same(both, monkeypatch):
+def test_blocks_and_the_last_layers_are_distilled_the_same(both, monkeypatch):
     monkeypatch.setattr(apply, "BLOCK", 2)
     models = both()
     plan = random_plan(models[0].plan.geometry, seed=4)
     for loaded in models:
-        apply_plan(loaded.runner, plan, repair="least_squares", windows=WINDOWS, distill_epochs=2, distill_labels=0.5)
+        options = {"distill_epochs": 2, "distill_model_epochs": 1, "distill_last": 2, "distill_labels": 0.5}
+        apply_plan(loaded.runner, plan, repair="least_squares", windows=WINDOWS, **options)
     assert equal(*map(state, models))
-    assert {models[1].store.finished.state(index) for index in range(4)} == {apply.DISTILLED}
+    finished = [models[1].store.finished.state(index) for index in range(4)]
+    assert finished == [apply.DISTILLED] * 2 + [apply.TAUGHT] * 2
 
 
 def test_one_layer_is_on_the_device_and_each_is_read_once_a_pass(both):

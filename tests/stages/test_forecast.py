@@ -119,11 +119,11 @@ def test_what_does_not_fit_names_the_flag_that_helps():
     assert "fewer samples (--repair_samples)" in " ".join(foreseen(2.9, resident=False).missing())
     bound = foreseen(8).missing("--self_samples")
     assert "--self_samples needs all weights at once" in bound[0]
-    taught = {"distill_epochs": 2, "self_samples": 64, "repair_samples": 256}
+    taught = {"distill_epochs": 1, "distill_model_epochs": 1, "self_samples": 64, "repair_samples": 256}
     for gb, resident in ((48, True), (24, False)):
-        (learning,) = foreseen(gb, resident=resident, distill_last=32, **taught).missing("--self_samples")
+        (learning,) = foreseen(gb, resident=resident, **taught).missing("--self_samples")
         assert "stage apply" in learning and "lower --distill_last" in learning
-        assert not foreseen(gb, resident=resident, **taught).missing()
+        assert not foreseen(gb, resident=resident, distill_last=10, **taught).missing()
     many = foreseen(48, **taught | {"repair_samples": 20000}).missing("--self_samples")
     assert many and "--distill" not in " ".join(many)
     full = replace(held, machine=replace(held.machine, disk=int(1e9)))
