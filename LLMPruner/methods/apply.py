@@ -46,6 +46,7 @@ def apply_plan(
     """
     method, layers = REPAIRS[repair], range(runner.num_layers)
     blocks = list(_blocks(len(layers)))
+    learning_blocks = blocks[:-1] if distill_model_epochs else blocks  # behind the last one there is only the head
     last = TAUGHT if distill_model_epochs else _state(plan, blocks[-1], distill_epochs)  # of the layer changed last
     if method is None or not _drifts(plan, layers) or _finished(runner, layers[-1]) == last:
         for index in layers:
@@ -54,12 +55,12 @@ def apply_plan(
     streams = _streams(runner, windows)
     learning, hidden_states = _Learning(seed), HiddenStates(streams.held_out)
     for block in blocks:
-        learns = _state(plan, block, distill_epochs) == DISTILLED
+        learns = block in learning_blocks and _state(plan, block, distill_epochs) == DISTILLED
         entering = streams.pruned if learns else None  # one stream is gigabytes: none is held without need
         for index in tqdm(block, desc=f"apply {block[0]} to {block[-1]}", disable=parallel.quiet(), leave=False):
             _heal_layer(runner, index, plan, method, streams)
         if learns:
-            learning.distill(runner, block, entering, streams, hidden_states, distill_epochs)
+            streams.pruned = learning.distill(runner, block, entering, streams, hidden_states, distill_epochs)
     if distill_model_epochs:
         end, goal = layers[-(distill_last or 0) :], NextTokens(streams.held_out, windows, distill_labels)
         entering = runner.layers(runner.embed(windows), 0, end.start)
@@ -100,15 +101,15 @@ class _Learning:
         streams: Streams,
         goal: HiddenStates | NextTokens,
         epochs: int,
-    ) -> None:
-        """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them."""
+    ) -> torch.Tensor:
+        """Distill `layers`, unless an earlier run has; `entering` is the pruned stream before them. Returns that after them, of
+        the windows that `goal` is judged by."""
         order = training_order(goal.held_out, epochs, self.generator)  # drawn for those, too, that learn nothing more
         state = TAUGHT if isinstance(goal, NextTokens) else DISTILLED
         if all(_finished(runner, index) == state for index in layers):
-            return
+            return streams.pruned
         with runner.store.edited(layers, state):
-            outputs, targets = streams.pruned, streams.dense
-            streams.pruned = distill_block(runner, layers, entering, outputs, targets, goal, order=order)
+            return distill_block(runner, layers, entering, streams.pruned, streams.dense, goal, order=order)
 
 
 def _streams(runner: LayerRunner, windows: torch.Tensor) -> Streams:

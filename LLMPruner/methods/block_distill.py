@@ -44,6 +44,7 @@ class HiddenStates:
 
     held_out: torch.Tensor
     rate, outputs_only, distance_name = RATE, False, "log distance to"
+    judged = slice(None)  # windows whose distance is asked for: all, for the next block needs what comes after them anyway
 
     def taught(self, window: int, step: int) -> torch.Tensor:
         """The tokens of a window that teach in a step."""
@@ -54,7 +55,7 @@ class HiddenStates:
         _log_distances(hidden, targets).mean().backward()
 
     def distance(self, runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-        """How far `hidden` is from `targets` on the tokens held out, both `(n, seq_len, hidden)`: batch by batch."""
+        """How far `hidden` is from `targets` on the tokens held out, both of the windows `judged`: batch by batch."""
         total, held_out = 0.0, self.held_out
         for batch in runner.batches(*held_out.shape):
             ours, theirs = (fetch(states, batch, runner.device) for states in (hidden, targets))
@@ -72,6 +73,11 @@ class NextTokens:
     labels: float = 0.0
     rate, outputs_only, distance_name = HEAD_RATE, True, "loss against"
 
+    @property
+    def judged(self) -> torch.Tensor:
+        """The windows whose distance is asked for, bool `(n,)`: behind the head nothing needs the others again."""
+        return self.held_out.any(1)
+
     def taught(self, window: int, step: int) -> torch.Tensor:
         """The tokens of a window that teach in a step."""
         fitted = (~self.held_out[window]).nonzero().flatten()
@@ -82,12 +88,12 @@ class NextTokens:
         hidden.backward(runner.head.teaching_gradient(hidden, targets, self._next(window)[tokens], self.labels))
 
     def distance(self, runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-        """What is learned by, of the tokens held out: of last hidden states, both `(n, seq_len, hidden)`."""
-        chosen = self.held_out.flatten().nonzero().flatten()[::STRIDE]
+        """What is learned by, of the tokens held out: of last hidden states, both of the windows `judged`."""
+        chosen = self.held_out[self.judged].flatten().nonzero().flatten()[::STRIDE]
         ours, theirs = (states.flatten(0, 1)[chosen.to(states.device)] for states in (hidden, targets))
-        return runner.head.teaching_loss(ours, theirs, self._next(slice(None)).flatten()[chosen], self.labels)
+        return runner.head.teaching_loss(ours, theirs, self._next(self.judged).flatten()[chosen], self.labels)
 
-    def _next(self, windows: int | slice) -> torch.Tensor:
+    def _next(self, windows: int | torch.Tensor) -> torch.Tensor:
         """The label of every token; the last of a window has none."""
         return functional.pad(self.windows[windows][..., 1:], (0, 1), value=IGNORED)
 
@@ -112,20 +118,22 @@ def distill_block(
         goal: what the layers learn of these; next tokens only where the head comes next.
         order: the windows, one a step: of `training_order`.
     Returns:
-        What the layers now give, in place of `outputs`.
+        What the layers now give, in place of `outputs`, of the windows `goal.judged`.
     """
-    before = goal.distance(runner, outputs, targets)
+    judged = goal.judged
+    before = goal.distance(runner, outputs[judged], targets[judged])
     with _float32(runner, layers, outputs_only=goal.outputs_only) as weights, deterministic():
         _train(runner, layers, list(weights), inputs, targets, goal, order)
-    distilled = runner.layers(inputs, layers.start, layers.stop)
-    after = goal.distance(runner, distilled, targets)
+    distilled = runner.layers(inputs[judged], layers.start, layers.stop)
+    after = goal.distance(runner, distilled, targets[judged])
     verdict, called = "" if after < before else ", not kept", f"{goal.distance_name} dense"
     logger.info("layers %d to %d distilled: %s %.5f to %.5f%s", layers[0], layers[-1], called, before, after, verdict)
     if after < before:  # not where it is NaN
         return distilled
     for weight, healed in weights.items():
         weight.data = healed
-    return runner.layers(inputs, layers.start, layers.stop)  # as a resumed run has it, which is `outputs` but for rounding
+    # As a resumed run has it, which is `outputs` but for rounding.
+    return runner.layers(inputs[judged], layers.start, layers.stop)
 
 
 def training_order(held_out: torch.Tensor, epochs: int, generator: torch.Generator) -> list[int]:

@@ -35,10 +35,10 @@ def cost(
         work += sum((part for part, _ in solved), start=Work()) * layers
         device = max(device + min(needed for _, needed in solved), *(needed for _, needed in solved))
     learning = 0
-    last = min(last or layers, layers)
-    taught = ((layers, min(BLOCK, layers), epochs, False), (last, last, model_epochs, True))
+    last, blocks = min(last or layers, layers), layers - min(BLOCK, layers) * (model_epochs > 0)
+    taught = ((blocks, min(BLOCK, blocks), epochs, False), (last, last, model_epochs, True))
     for count, together, times, outputs_only in taught:
-        if times:
+        if times and count:
             learned = distilling(setup, count, tokens, seq_len, times, together=together, outputs_only=outputs_only)
             work, learning = work + learned[0], max(learning, learned[1])
     if model_epochs:
