@@ -63,8 +63,7 @@ def apply_plan(
             streams.pruned = learning.distill(runner, block, entering, streams, hidden_states, distill_epochs)
     if distill_model_epochs:
         end, goal = layers[-(distill_last or 0) :], NextTokens(streams.held_out, windows, distill_labels)
-        entering = runner.layers(runner.embed(windows), 0, end.start)
-        learning.distill(runner, end, entering, streams, goal, distill_model_epochs)
+        learning.distill(runner, end, runner.layers(runner.embed(windows), 0, end.start), streams, goal, distill_model_epochs)
 
 
 HEALED, DISTILLED, TAUGHT = "healed", "distilled", "taught"  # what was done to a finished layer
