@@ -165,6 +165,7 @@ def test_in_one_process_everything_is_the_identity(monkeypatch, environment):
         (["--self_samples=2"], "--self_samples is work for one process"),
         (["--distill_epochs=1"], "--distill_epochs is work for one process"),
         (["--distill_model_epochs=1"], "--distill_model_epochs is work for one process"),
+        (["--distill_model_epochs=1", "--distill_last=2"], "--distill_last is work for one process"),
         (["--finetune", "--finetune_seq_len=64"], "--finetune is work for one process"),
         (["--stream=off", "--channel_importance_samples=1"], "2 processes cannot share 1 windows"),
         (["--device=cuda:0"], "--device cuda:0 is for one process"),
