@@ -33,7 +33,7 @@ logger = logging.getLogger("LLMPruner")
 
 JOURNAL_FILE, WORK, SEARCH_FILE = "journal.json", "work", "search_state.json"  # of an experiment
 FINETUNE = "finetune"  # what is added to these names for a fine-tuning of its own
-FORMAT = 3  # raised whenever what is kept comes to mean something else
+FORMAT = 4  # raised whenever what is kept comes to mean something else
 # What may differ between a run and its continuation: how long the search may take, and where weights lie meanwhile.
 FREE = ("search_minutes", "stream", "hidden_gb", "report_to")
 
