@@ -27,7 +27,7 @@ from LLMPruner.model.hidden import fetch
 
 logger = logging.getLogger("LLMPruner")
 
-# Layers that learn together, before the last ones. Their weights, gradients and Adam's moments in float32 and two
+# Layers that learn hidden states together. Their weights, gradients and Adam's moments in float32 and two
 # half-precision copies take 20 bytes a parameter, beside the model and the hidden states: of Llama-3-8B at 25%, 3.3 GB a layer.
 BLOCK = 5
 RATE, WARMUP = 5e-4, 10  # of Adam, one window a step; steps until the full rate, which then falls to nothing
@@ -39,16 +39,24 @@ STRIDE = 4
 
 
 @dataclass(frozen=True)
-class HiddenStates:
-    """What a block learns: the dense model's hidden states after it. `held_out` `(n, seq_len)` are the tokens to judge by."""
+class _Goal:
+    """What layers learn. `held_out` `(n, seq_len)` are the tokens to judge by; of the others every `stride`th teaches."""
 
     held_out: torch.Tensor
-    rate, outputs_only, distance_name = RATE, False, "log distance to"
-    judged = slice(None)  # windows whose distance is asked for: all, for the next block needs what comes after them anyway
+    stride = 1
 
     def taught(self, window: int, step: int) -> torch.Tensor:
-        """The tokens of a window that teach in a step."""
-        return (~self.held_out[window]).nonzero().flatten()
+        """The tokens of a window that teach in a step: other ones from step to step."""
+        fitted = (~self.held_out[window]).nonzero().flatten()
+        return fitted[step % min(self.stride, len(fitted)) :: self.stride]
+
+
+@dataclass(frozen=True)
+class HiddenStates(_Goal):
+    """What a block learns: the dense model's hidden states after it."""
+
+    rate, outputs_only, distance_name = RATE, False, "log distance to"
+    judged = slice(None)  # windows whose distance is asked for: all, for the next block needs what comes after them anyway
 
     def pull(self, runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, window: int, tokens: torch.Tensor) -> None:
         """Go back from the hidden states `(tokens, hidden)` of some tokens of a window, which should be `targets`."""
@@ -64,24 +72,18 @@ class HiddenStates:
 
 
 @dataclass(frozen=True)
-class NextTokens:
+class NextTokens(_Goal):
     """What layers before the head learn: next-token distributions, of which `labels`, 0 to 1, is the share of the next tokens
     of the text itself, `windows` `(n, seq_len)`; the rest is the dense model's. Learned and judged on every few tokens."""
 
-    held_out: torch.Tensor
     windows: torch.Tensor
     labels: float = 0.0
-    rate, outputs_only, distance_name = HEAD_RATE, True, "loss against"
+    stride, rate, outputs_only, distance_name = STRIDE, HEAD_RATE, True, "loss against"
 
     @property
     def judged(self) -> torch.Tensor:
         """The windows whose distance is asked for, bool `(n,)`: behind the head nothing needs the others again."""
         return self.held_out.any(1)
-
-    def taught(self, window: int, step: int) -> torch.Tensor:
-        """The tokens of a window that teach in a step."""
-        fitted = (~self.held_out[window]).nonzero().flatten()
-        return fitted[step % min(STRIDE, len(fitted)) :: STRIDE]
 
     def pull(self, runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, window: int, tokens: torch.Tensor) -> None:
         """Go back from the last hidden states `(tokens, hidden)` of some tokens of a window, which should be `targets`."""
@@ -89,7 +91,7 @@ class NextTokens:
 
     def distance(self, runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor) -> float:
         """What is learned by, of the tokens held out: of last hidden states, both of the windows `judged`."""
-        chosen = self.held_out[self.judged].flatten().nonzero().flatten()[::STRIDE]
+        chosen = self.held_out[self.judged].flatten().nonzero().flatten()[:: self.stride]
         ours, theirs = (states.flatten(0, 1)[chosen.to(states.device)] for states in (hidden, targets))
         return runner.head.teaching_loss(ours, theirs, self._next(self.judged).flatten()[chosen], self.labels)
 

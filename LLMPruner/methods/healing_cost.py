@@ -13,7 +13,7 @@ BLOCK, STRIDE = 5, 4  # as block_distill.py, which imports torch: a test holds t
 def cost(
     setup: Setup, repair: str, windows: int, seq_len: int, *, epochs: int = 0, model_epochs: int = 0, last: int | None = None
 ) -> Cost:
-    """What slicing and healing costs, distillation of blocks included, as if every sublayer lost the same share.
+    """What slicing and healing costs, distillation included, as if every sublayer lost the same share.
 
     Two streams pass each layer, the dense one and the pruned one; what of this enters an output projection is kept for the
     healed one. Rough: layers before the first that loses something are cheaper.
