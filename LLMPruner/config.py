@@ -204,6 +204,8 @@ class PruneConfig:
                 require_at_least("--" + name, getattr(self, name), 1)
         for name in ("self_samples", "distill_epochs", "distill_model_epochs"):
             require_at_least("--" + name, getattr(self, name), 0)
+        if self.distill_last is not None and not self.distill_model_epochs:
+            raise UsageError("--distill_last needs --distill_model_epochs")
         if not 0 <= self.distill_labels <= 1:
             raise UsageError(f"--distill_labels must lie between 0 and 1, got {self.distill_labels}")
         for name in ("layer_importance_samples", "channel_importance_samples"):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LLMPruner.config import PRESETS, PruneConfig
+from LLMPruner.config import DISTILLATION, PRESETS, PruneConfig
 from LLMPruner.data.windows import prune_windows
 from LLMPruner.errors import UsageError, one_line
 from LLMPruner.importance.budget import make_budget
@@ -77,7 +77,7 @@ class Yardstick:
 
 def default_job(job: PruneJob) -> PruneJob | None:
     """The same job by the defaults; None where they cannot meet its budget."""
-    ours = {*PRESETS["best"], "allow_sublayer_removal"}
+    ours = {*PRESETS["best"], *DISTILLATION, "allow_sublayer_removal"}
     plain = replace(job.prune, **{field.name: field.default for field in fields(PruneConfig) if field.name in ours})
     try:
         make_budget(job.source.geometry, plain)

@@ -94,7 +94,7 @@ def test_a_budget_that_the_defaults_cannot_meet_leaves_the_model(flags, monkeypa
 
 def test_the_defaults_job_keeps_the_budget_and_drops_the_rest(trained_dir):
     config = PruneConfig(pruning_ratio=0.3, prune_mlp=True, round_to=4, pruning_strategy="search", importance="obs")
-    config = replace(config, repair_samples=9, self_samples=2, distill_epochs=1, distill_model_epochs=1)
+    config = replace(config, repair_samples=9, self_samples=2, distill_epochs=1, distill_model_epochs=1, distill_last=2)
     job = PruneJob(find_model(str(trained_dir), "--base_model"), replace(config, allow_sublayer_removal=True))
     assert default_job(job).prune == PruneConfig(pruning_ratio=0.3, prune_mlp=True, round_to=4)
 

@@ -33,7 +33,7 @@ from LLMPruner.stages.journal import Journal, prune_key
 from LLMPruner.training_config import FinetuneConfig
 
 PRUNE = PruneConfig(prune_mlp=True, calibration_seq_len=64, layer_importance_seq_len=32)
-SEARCH = replace(PRUNE, pruning_strategy="search")
+SEARCH = replace(PRUNE, pruning_strategy="search", distill_model_epochs=1)  # without which the last layers are no setting
 BLIND = replace(PRUNE, importance="magnitude", pruning_strategy="global", repair="none")  # reads no text
 FINETUNE = FinetuneConfig(seq_len=64, prefix="--finetune_")
 
