@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("LLMPruner")
 
+# Without cuDNN's, which torch leaves out of its deterministic mode: a token drawn otherwise is another text.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 BATCH_TOKENS = 32768  # written together: their cache takes 4 GB with Llama-3-8B in bfloat16
 
 
@@ -62,7 +65,8 @@ def write_windows(
     else:
         first = torch.full((samples, 1), bos, device=device)
     size = max(1, BATCH_TOKENS // seq_len)
-    with tqdm(total=samples * seq_len, desc="write", unit="token", disable=None, leave=False) as progress:
+    progress = tqdm(total=samples * seq_len, desc="write", unit="token", disable=None, leave=False)
+    with progress, sdpa_kernel(ATTENTION):
         written = [_continued(model, part, seq_len, vocabulary, generator, progress) for part in first.split(size)]
     logger.info("data: the dense model wrote %d windows of %d tokens", samples, seq_len)
     return torch.cat(written).cpu()

@@ -37,6 +37,14 @@ def test_a_seed_writes_the_same_text_and_another_seed_another(trained):
     assert not torch.equal(write(trained), write(trained, seed=2))
 
 
+def test_attention_has_no_kernel_that_may_add_in_another_order(trained):
+    before, seen = torch.backends.cuda.cudnn_sdp_enabled(), []
+    hook = trained.model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    write(trained)
+    hook.remove()
+    assert set(seen) == {False} and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 @pytest.mark.parametrize(
     "theirs",
     [{"max_new_tokens": 5}, {"do_sample": True, "temperature": 0.05, "top_p": 0.1}],
