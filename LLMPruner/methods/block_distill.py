@@ -11,9 +11,11 @@ the gain, and less is lost of what the text does not show.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -56,6 +58,7 @@ class HiddenStates(_Goal):
     """What a block learns: the dense model's hidden states after it."""
 
     rate, outputs_only, distance_name = RATE, False, "log distance to"
+    enough = math.log(2 * FLOOR)  # nearer, most of the loss is the floor, and steps only stir what was solved
     judged = slice(None)  # windows whose distance is asked for: all, for the next block needs what comes after them anyway
 
     def pull(self, runner: LayerRunner, hidden: torch.Tensor, targets: torch.Tensor, window: int, tokens: torch.Tensor) -> None:
@@ -79,6 +82,7 @@ class NextTokens(_Goal):
     windows: torch.Tensor
     labels: float = 0.0
     stride, rate, outputs_only, distance_name = STRIDE, HEAD_RATE, True, "loss against"
+    enough = 0.0
 
     @property
     def judged(self) -> torch.Tensor:
@@ -112,7 +116,8 @@ def distill_block(
 ) -> torch.Tensor:
     """Train `layers`, in place, on the tokens that are not held out; keep the result where it is better on those that are.
 
-    A least-squares repair's last solution has seen these too, so the verdict errs towards what was healed.
+    Nothing is trained where they are near enough already. A least-squares repair's last solution has seen them too, so the
+    verdict errs towards what was healed.
 
     Args:
         inputs, outputs: hidden states `(n, seq_len, hidden)` of the pruned model before and after the layers.
@@ -120,22 +125,24 @@ def distill_block(
         goal: what the layers learn of these; next tokens only where the head comes next.
         order: the windows, one a step: of `training_order`.
     Returns:
-        What the layers now give, in place of `outputs`, of the windows `goal.judged`.
+        What the layers now give, of the windows `goal.judged`: where they were left as they are, `outputs` but for rounding, as
+        a resumed run has it.
     """
     judged = goal.judged
-    before = goal.distance(runner, outputs[judged], targets[judged])
+    passed = partial(runner.layers, inputs[judged], layers.start, layers.stop)
+    before, told = goal.distance(runner, outputs[judged], targets[judged]), (layers[0], layers[-1], goal.distance_name)
+    if before < goal.enough:
+        logger.info("layers %d to %d need no distillation: %s dense %.5f", *told, before)
+        return passed()
     with _float32(runner, layers, outputs_only=goal.outputs_only) as weights, deterministic():
         _train(runner, layers, list(weights), inputs, targets, goal, order)
-    distilled = runner.layers(inputs[judged], layers.start, layers.stop)
+    distilled = passed()
     after = goal.distance(runner, distilled, targets[judged])
-    verdict, called = "" if after < before else ", not kept", f"{goal.distance_name} dense"
-    logger.info("layers %d to %d distilled: %s %.5f to %.5f%s", layers[0], layers[-1], called, before, after, verdict)
-    if after < before:  # not where it is NaN
-        return distilled
-    for weight, healed in weights.items():
+    kept = after < before  # not where it is NaN
+    logger.info("layers %d to %d distilled: %s dense %.5f to %.5f%s", *told, before, after, "" if kept else ", not kept")
+    for weight, healed in weights.items() if not kept else ():
         weight.data = healed
-    # As a resumed run has it, which is `outputs` but for rounding.
-    return runner.layers(inputs[judged], layers.start, layers.stop)
+    return distilled if kept else passed()
 
 
 def training_order(held_out: torch.Tensor, epochs: int, generator: torch.Generator) -> list[int]:

@@ -136,6 +136,20 @@ def test_what_is_worse_on_windows_held_out_is_taken_back(dtype, layers, caplog):
     assert "not kept" in caplog.text
 
 
+@pytest.mark.parametrize(("distance", "enough"), [(0.009, True), (0.011, False)])
+def test_a_block_that_is_near_enough_learns_nothing(distance, enough, caplog):
+    """On windows held out, within the loss's floor, relative to the target's square; the others may be far."""
+    caplog.set_level(logging.INFO, "LLMPruner")
+    runner, before, inputs, outputs, _ = taught()
+    targets = outputs.clone()
+    targets[3::4] = outputs[3::4] / (1 + distance**0.5)
+    targets[::4] = 0.9 * outputs[::4] + 0.5 * outputs.std() * torch.randn_like(outputs[::4])
+    distilled(runner, inputs, outputs, targets)
+    same = all(torch.equal(weight, before[name]) for name, weight in runner.store.model.named_parameters())
+    assert ("need no distillation" in caplog.text) == enough
+    assert same == (enough or "not kept" in caplog.text)
+
+
 def test_the_last_layers_are_judged_by_words_and_not_by_hidden_states():
     """What lies further from hidden states but gives their words is nearer, and what is near them without is not."""
     runner, _, _, outputs, targets = taught(layers=LAST)
