@@ -187,7 +187,7 @@ def _lock(place: Path, path: Path) -> int:
             os.close(handle)
             raise UsageError(f"another run is at work in {path}: wait until it is over, or choose another name") from error
         except OSError:
-            pass
+            pass  # a file system without locks: nothing guards against a second run there
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), place.stat()):
                 return handle

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("LLMPruner")
 
-# Without cuDNN's, which torch leaves out of its deterministic mode: a token drawn otherwise is another text.
+# Without cuDNN's, which torch leaves out of its deterministic mode: a token drawn otherwise is another text. Not that mode as a
+# whole, for it refuses operations, and which of them a model calls is up to transformers.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 BATCH_TOKENS = 32768  # written together: their cache takes 4 GB with Llama-3-8B in bfloat16
 

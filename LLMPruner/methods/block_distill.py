@@ -42,10 +42,13 @@ STRIDE = 4
 
 @dataclass(frozen=True)
 class _Goal:
-    """What layers learn. `held_out` `(n, seq_len)` are the tokens to judge by; of the others every `stride`th teaches."""
+    """What layers learn. `held_out` `(n, seq_len)` are the tokens to judge by; of the others every `stride`th teaches.
+
+    Layers whose distance is below `enough` learn nothing more.
+    """
 
     held_out: torch.Tensor
-    stride = 1
+    stride, enough = 1, -math.inf
 
     def taught(self, window: int, step: int) -> torch.Tensor:
         """The tokens of a window that teach in a step: other ones from step to step."""
@@ -82,7 +85,6 @@ class NextTokens(_Goal):
     windows: torch.Tensor
     labels: float = 0.0
     stride, rate, outputs_only, distance_name = STRIDE, HEAD_RATE, True, "loss against"
-    enough = 0.0
 
     @property
     def judged(self) -> torch.Tensor:
@@ -125,8 +127,7 @@ def distill_block(
         goal: what the layers learn of these; next tokens only where the head comes next.
         order: the windows, one a step: of `training_order`.
     Returns:
-        What the layers now give, of the windows `goal.judged`: where they were left as they are, `outputs` but for rounding, as
-        a resumed run has it.
+        What the layers now give, of the windows `goal.judged`: if they learned nothing, `outputs` as a resumed run rounds it.
     """
     judged = goal.judged
     passed = partial(runner.layers, inputs[judged], layers.start, layers.stop)
@@ -140,9 +141,11 @@ def distill_block(
     after = goal.distance(runner, distilled, targets[judged])
     kept = after < before  # not where it is NaN
     logger.info("layers %d to %d distilled: %s dense %.5f to %.5f%s", *told, before, after, "" if kept else ", not kept")
-    for weight, healed in weights.items() if not kept else ():
+    if kept:
+        return distilled
+    for weight, healed in weights.items():
         weight.data = healed
-    return distilled if kept else passed()
+    return passed()
 
 
 def training_order(held_out: torch.Tensor, epochs: int, generator: torch.Generator) -> list[int]:
